@@ -24,7 +24,7 @@ Branches follow what the caller may do, not where the error was found::
     │   └── TransactionTimeout     an interactive transaction held the write turn too long; it was rolled back
     ├── OutcomeUnknown             the write may or may not be durable; look before sending it again
     ├── WriteLost                  a position the client saw is in no surviving history
-    ├── Unavailable                a peer, the store or the leader cannot be reached; nothing is known to be wrong with data
+    ├── Unavailable                a peer, the store or the leader cannot be reached; data is not affected
     │   └── StoreUnavailable       the coordination store did not answer
     ├── ProtocolViolation          a peer broke the replication or link protocol; the connection is closed
     ├── Refused                    a peer refused us, with its reason

@@ -47,9 +47,7 @@ class Position:
     def parse(cls, data: bytes, offset: int = 0) -> Self:
         """Read 16 bytes at `offset`. Raises CorruptRecord when they are not there."""
         if len(data) < offset + _PAIR.size:
-            raise CorruptRecord(
-                f"a position needs 16 bytes at offset {offset}, {len(data) - offset} are there"
-            )
+            raise CorruptRecord(f"a position needs 16 bytes at offset {offset}, {len(data) - offset} are there")
         return cls(*_PAIR.unpack_from(data, offset))
 
     def to_bytes(self) -> bytes:
