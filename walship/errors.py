@@ -26,7 +26,8 @@ Branches follow what the caller may do, not where the error was found::
     ├── WriteLost                  a position the client saw is in no surviving history
     ├── Unavailable                a peer, the store or the leader cannot be reached; data is not affected
     │   └── StoreUnavailable       the coordination store did not answer
-    ├── ProtocolViolation          a peer broke the replication or link protocol; the connection is closed
+    ├── StatementFailed            SQLite (or our guard) refused a statement; carries SQLite's own code and message
+    ├── ProtocolViolation          a peer or client broke a protocol; the connection or request ends
     ├── Refused                    a peer refused us, with its reason
     ├── Fenced                     a newer term exists; this node must not act for its own
     ├── CompareFailed              a compare-and-swap lost; read again and decide
@@ -62,6 +63,7 @@ __all__ = [
     "Overloaded",
     "ProtocolViolation",
     "Refused",
+    "StatementFailed",
     "StorageFailed",
     "StoreUnavailable",
     "TransactionTimeout",
@@ -220,6 +222,14 @@ class StoreUnavailable(Unavailable):
     """Raised when the coordination store does not answer within its deadline."""
 
     code = "WALSHIP_STORE_UNAVAILABLE"
+
+
+class StatementFailed(WalshipError):
+    """Raised when a statement of a client fails; `code` is the Hrana code (hrana.md 1.5), the text is SQLite's."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.statement_code = code
 
 
 class ProtocolViolation(WalshipError):
