@@ -1,0 +1,57 @@
+"""Every bound of the service in one place, each with its reason. Nothing a client sends may grow without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Limits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one node's service. The defaults suit two cores and a few thousand clients."""
+
+    response_bytes: int = 10 * 1024 * 1024
+    """One statement's result as JSON, and one call's results together times three (hrana.md 1.5: 10 and 32 MB)."""
+    chunk_bytes: int = 64 * 1024
+    """A cursor hands out about this much at a time."""
+    step_stride: int = 1_000
+    """VM instructions between two calls of the progress handler: +2 % on a scan, nothing on a point read."""
+    inline_steps: int = 50_000
+    """What a read may cost on the loop thread before it moves to a worker: about 0.5 ms."""
+    tick_steps: int = 200_000
+    """What all reads of one batch may cost together before the loop gets its turn."""
+    slow_texts: int = 1_024
+    """How many SQL texts are remembered as slow."""
+    slow_seconds: float = 30.0
+    """How long such a memory lasts: one unlucky run must not banish a text for ever."""
+    read_workers: int = 2
+    """Threads at nice 19 for reads that are not short."""
+    read_queue: int = 1_024
+    """Reads that may wait, inline or for a worker; beyond it Overloaded."""
+    read_seconds: float = 30.0
+    """A read on a worker is interrupted after this long."""
+    streams: int = 4_096
+    """Streams remembered, with or without a connection."""
+    connections: int = 128
+    """Streams and cursors that own a connection at one time (hrana.md 1.5: 128)."""
+    idle_connections: int = 8
+    """Clean connections kept open for the next transaction."""
+    stream_threads: int = 8
+    """Threads that run the statements of streams with an own connection."""
+    transaction_idle_seconds: float = 10.0
+    """A stream with an open transaction or connection state is closed after this long without a request."""
+    stream_idle_seconds: float = 600.0
+    """A stream without a connection is forgotten after this long; its baton can be revived by the front door."""
+    expired_seconds: float = 300.0
+    """How long an expired transaction is remembered, for the better error (hrana.md 1.4)."""
+    stored_texts: int = 50
+    """SQL texts stored per stream (hrana.md 1.5)."""
+    stored_bytes: int = 5_000
+    """Size of each, in UTF-8 bytes."""
+    requests: int = 10_000
+    """Requests in one call, and steps in one batch."""
+    ack_seconds: float = 5.0
+    """How long a read on the leader waits until what it saw is acknowledged (R17)."""
+    stream_wait_seconds: float = 30.0
+    """How long a call waits for an earlier call of the same stream."""
