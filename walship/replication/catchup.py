@@ -17,6 +17,9 @@ from walship.replication.messages import PROTOCOL, Hello, Refusal, RefusalReason
 __all__ = ["FromLog", "FromSnapshot", "LeaderView", "Locator", "Plan", "plan"]
 
 
+_MAX_WHY = 1000  # well below what a welcome may carry; the reason of the reason of a reason helps nobody
+
+
 class Locator(Protocol):
     """The one thing asked of the log."""
 
@@ -69,15 +72,15 @@ def plan(hello: Hello, view: LeaderView) -> Plan:
     if refusal is not None:
         return refusal
     if hello.tip is None:
-        return FromSnapshot(hello.reseed or "the follower has no log")
+        return FromSnapshot((hello.reseed or "the follower has no log")[:_MAX_WHY])
     if hello.page_size and view.page_size and hello.page_size != view.page_size:
         return FromSnapshot(f"the follower has pages of {hello.page_size} bytes, the leader of {view.page_size}")
     try:
         return FromLog(view.log.locate(hello.tip.position, hello.tip.checksum))
     except LogTruncated as error:
-        return FromSnapshot(f"the log does not reach back to {hello.tip.position}: {error}")
+        return FromSnapshot(f"the log does not reach back to {hello.tip.position}: {error}"[:_MAX_WHY])
     except HistoryMismatch as error:
-        return FromSnapshot(f"{hello.tip} is not in the leader's history: {error}")
+        return FromSnapshot(f"{hello.tip} is not in the leader's history: {error}"[:_MAX_WHY])
 
 
 def _refusal(hello: Hello, view: LeaderView) -> Refusal | None:

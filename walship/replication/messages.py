@@ -35,7 +35,8 @@ __all__ = [
 
 PROTOCOL = 1
 MAX_HISTORY = 4096  # newest terms a welcome tells of; well inside one record
-_MAX_TEXT = 1024
+_MAX_NAME = 128
+_MAX_TEXT = 4096
 _U64 = 1 << 64
 _NOTHING = Position(0, 0)
 
@@ -107,7 +108,8 @@ class Hello:
     reseed: str | None = None
 
     def __post_init__(self) -> None:
-        _check_texts(self.cluster, self.node_id, self.name, self.boot_nonce, self.reseed)
+        _check_texts(self.cluster, self.node_id, self.name, self.boot_nonce, most=_MAX_NAME)
+        _check_texts(self.reseed)
         _check_numbers(self.promised, self.page_size)
         if not (self.node_id and self.boot_nonce):
             raise ProtocolViolation("a hello needs a node id and a boot nonce")
@@ -295,10 +297,10 @@ def _decode(shape: type[M], body: bytes) -> M:
         raise ProtocolViolation(f"not a {shape.__name__.lower()} this version understands: {error}") from error
 
 
-def _check_texts(*texts: str | None) -> None:
+def _check_texts(*texts: str | None, most: int = _MAX_TEXT) -> None:
     for text in texts:
-        if text is not None and len(text) > _MAX_TEXT:
-            raise ProtocolViolation(f"a text of {len(text)} characters is above the bound of {_MAX_TEXT}")
+        if text is not None and len(text) > most:
+            raise ProtocolViolation(f"a text of {len(text)} characters is above the bound of {most}")
 
 
 def _check_numbers(*numbers: int) -> None:

@@ -242,7 +242,7 @@ class _Protocol(Generic[E]):
         following = PHASES[self.phase].get(step)
         if following is None:
             raise ProtocolViolation(
-                f"{step.name.lower()} has no place while {self.phase.name.lower()}; the connection ends, no data is lost"
+                f"{step.name.lower()} has no place while {self.phase.name.lower()}; the connection ends, no data lost"
             )
         self.phase = following
 
@@ -270,7 +270,7 @@ class LeaderProtocol(_Protocol[LeaderEvent]):
         if record.kind is Kind.GOODBYE:
             self._step(Step.GOODBYE)
             return Goodbye.parse(record.body)
-        raise ProtocolViolation(f"a follower sent a {record}; the connection ends, no data is lost")
+        raise ProtocolViolation(f"a follower sent a {record}; the connection ends, no data lost")
 
     def send_welcome(self, welcome: Welcome) -> bytes:
         """Return the WELCOME; `welcome.source` decides what may follow."""
@@ -381,7 +381,7 @@ class FollowerProtocol(_Protocol[FollowerEvent]):
         if kind is Kind.GOODBYE:
             self._step(Step.GOODBYE)
             return Goodbye.parse(record.body)
-        raise ProtocolViolation(f"a leader sent a {record}; the connection ends, no data is lost")
+        raise ProtocolViolation(f"a leader sent a {record}; the connection ends, no data lost")
 
     def _on_welcome(self, welcome: Welcome) -> Welcome:
         if welcome.term < self._hello.promised:
