@@ -84,9 +84,8 @@ class TermHistory:
         self._starts: dict[int, int] = dict(sorted(starts))
 
     def add(self, term: int, start_txid: int) -> None:
-        """Record that `term` began after `start_txid`. Idempotent."""
-        self._starts[term] = start_txid
-        self._starts = dict(sorted(self._starts.items()))
+        """Record that `term` began after `start_txid`. Idempotent. Other threads may be asking meanwhile."""
+        self._starts = dict(sorted({**self._starts, term: start_txid}.items()))  # replaced, never changed in place
 
     def starts(self) -> tuple[tuple[int, int], ...]:
         """All known (term, start txid) pairs, ascending."""
