@@ -72,6 +72,7 @@ class FileStore:
         self._connection: apsw.Connection | None = None  # the thread's; opened by the first call
         self._wakers: set[asyncio.Event] = set()
         self._observer: BaseObserver | None = None
+        self._observed = False  # inotify was tried; it works or it does not
         self._closed = False
 
     async def get(self, key: str) -> Versioned | None:
@@ -205,9 +206,10 @@ class FileStore:
 
     async def _observe(self) -> None:
         """Start inotify once; without it a watch still works, at the pace of the poll."""
-        if self._observer is not None:
+        if self._observed:
             return
         await self._run(lambda _db: None, "opening")  # creates the directory, so that it can be observed
+        self._observed = True
         loop = asyncio.get_running_loop()
         observer = Observer()
         observer.schedule(_Handler(loop, self._wake, str(self._notice)), str(self._directory))

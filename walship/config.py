@@ -1,0 +1,407 @@
+"""Settings: what a command may be told, by flag, environment or file, checked once and together.
+
+Each command has one frozen dataclass and one table of `Setting`s. A value is taken from the first place that has it:
+the flag, `WALSHIP_<FLAG>` in the environment, the command's table in the TOML file of `--config`, the default.
+`build` gathers every problem before it raises, and names key and allowed values. No dict travels past this module.
+
+It imports nothing of walship but the error tree and the cluster URL's check, so node and proxy may import it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from walship.coordination.store import check_store_url
+from walship.errors import UsageError
+
+__all__ = [
+    "NODE",
+    "PROXY",
+    "STATUS",
+    "UP",
+    "NodeConfig",
+    "ProxyConfig",
+    "Setting",
+    "StatusConfig",
+    "UpConfig",
+    "build",
+    "environment_name",
+]
+
+MIB = 1 << 20
+GIB = 1 << 30
+DEFAULT_FOLLOWERS = 2  # with the leader three voters: any one may be lost
+MAX_FOLLOWERS = 16  # each is a process on this machine; more is a mistake or a benchmark
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """One node. Sizes in bytes, durations in seconds; port 0 = any free port."""
+
+    name: str
+    data_dir: Path
+    cluster_url: str
+    listen_host: str = "127.0.0.1"
+    listen_port: int = 0
+    advertise: str | None = None  # URL others reach this node by; None: from the address really bound
+    init: bool = False  # found the cluster if it has no record, and lead it if nobody ever has
+    voters: tuple[str, ...] = ()  # with init: names of all voters; empty: this node alone
+    ack: int = 0  # with init: follower acknowledgments a commit waits for
+    database: Path | None = None  # adopt this file in place; None: the one already recorded, else data_dir/data.db
+    priority: int = 0
+    zone: str = ""
+    replace_local: bool = False
+    log_max_bytes: int = GIB  # a GiB holds minutes of heavy writing, and a laggard beyond that is faster re-seeded
+    log_keep_seconds: float = 3600.0  # longer than a restart or a reboot takes
+    wal_max_bytes: int = 64 * MIB  # recovery of a -wal this large takes well under a second
+    body_max_bytes: int = 16 * MIB
+    drain_seconds: float = 10.0
+    log_level: str = "info"
+
+    @property
+    def database_path(self) -> Path:
+        """Where the database lies when nothing is recorded yet."""
+        return self.database or self.data_dir / "data.db"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyConfig:
+    """One proxy. `wait_seconds` bounds how long a read waits on a follower before it goes to the leader."""
+
+    cluster_url: str
+    name: str = "proxy"
+    listen_host: str = "127.0.0.1"
+    listen_port: int = 8080
+    advertise: str | None = None
+    wait_seconds: float = 0.05  # above the apply lag of a healthy follower, below what a person notices
+    deadline_seconds: float = 10.0  # a whole request, waits for a leader included
+    body_max_bytes: int = 16 * MIB
+    drain_seconds: float = 10.0
+    log_level: str = "info"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UpConfig:
+    """A whole cluster on this machine."""
+
+    database: Path | None = None
+    followers: int = DEFAULT_FOLLOWERS
+    listen_host: str = "127.0.0.1"
+    listen_port: int = 8080
+    data_dir: Path = Path("walship-data")
+    ack: int | None = None  # None: 1, or 0 without followers; on a resumed cluster what its record says
+    json: bool = False
+    log_max_bytes: int = GIB
+    ready_seconds: float = 60.0
+    drain_seconds: float = 10.0
+    log_level: str = "info"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StatusConfig:
+    """What `walship status` asks, and how it answers."""
+
+    url: str = "http://127.0.0.1:8080"
+    json: bool = False
+    watch: bool = False
+    timeout_seconds: float = 5.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of a command: its flag without dashes, the parser, and what is allowed (for messages and the docs).
+
+    `parse` takes the raw value (text from flag or environment, a TOML value from a file) and gives the dataclass
+    fields; it raises ValueError for anything outside `allowed`.
+    """
+
+    flag: str
+    parse: Callable[[Any], dict[str, Any]]
+    allowed: str
+    required: bool = False
+
+
+C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig)
+
+
+def environment_name(flag: str) -> str:
+    """`log-max` -> `WALSHIP_LOG_MAX`."""
+    return "WALSHIP_" + flag.upper().replace("-", "_")
+
+
+def _field(name: str, convert: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    return lambda raw: {name: convert(raw)}
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def convert(raw: Any) -> int:
+        if isinstance(raw, bool) or not (isinstance(raw, int) or re.fullmatch(r"-?\d{1,18}", str(raw))):
+            raise ValueError
+        if not low <= (number := int(raw)) <= high:
+            raise ValueError
+        return number
+
+    return convert
+
+
+def _seconds(low: float, high: float) -> Callable[[Any], float]:
+    def convert(raw: Any) -> float:
+        if isinstance(raw, bool) or not low <= (number := float(raw)) <= high:
+            raise ValueError
+        return number
+
+    return convert
+
+
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "KIB": 1 << 10, "M": MIB, "MIB": MIB, "G": GIB, "GIB": GIB, "T": 1 << 40}
+
+
+def _size(low: int) -> Callable[[Any], int]:
+    def convert(raw: Any) -> int:
+        match = re.fullmatch(r"(\d{1,15})\s*([A-Za-z]{0,3})", str(raw).strip())
+        if isinstance(raw, bool) or match is None or match[2].upper() not in _UNITS:
+            raise ValueError
+        if (number := int(match[1]) * _UNITS[match[2].upper()]) < low:
+            raise ValueError
+        return number
+
+    return convert
+
+
+def _text(pattern: str) -> Callable[[Any], str]:
+    def convert(raw: Any) -> str:
+        if not isinstance(raw, str) or not re.fullmatch(pattern, raw):
+            raise ValueError
+        return raw
+
+    return convert
+
+
+def _yes(raw: Any) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+    if (word := str(raw).lower()) not in words:
+        raise ValueError
+    return words[word]
+
+
+def _path(raw: Any) -> Path:
+    if not isinstance(raw, str | Path) or not str(raw) or "\0" in str(raw):
+        raise ValueError
+    return Path(raw).expanduser().absolute()
+
+
+def _listen(raw: Any) -> dict[str, Any]:
+    """`HOST:PORT`, `[v6]:PORT`, `:PORT` (this machine only) or a bare port."""
+    match = re.fullmatch(r"(?:(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]/]*)):)?(\d{1,5})", str(raw).strip())
+    if isinstance(raw, bool) or match is None or int(match[3]) > 65535:
+        raise ValueError
+    return {"listen_host": match[1] or match[2] or "127.0.0.1", "listen_port": int(match[3])}
+
+
+def _url(raw: Any) -> str:
+    parts = urlsplit(raw) if isinstance(raw, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError
+    return str(raw).rstrip("/")
+
+
+def _cluster(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise ValueError
+    check_store_url(raw)  # its own words are better than "allowed"
+    return raw
+
+
+def _names(raw: Any) -> tuple[str, ...]:
+    parts = raw.split(",") if isinstance(raw, str) else raw
+    if not isinstance(parts, list | tuple):
+        raise ValueError
+    names = tuple(_text(_NAME)(part.strip() if isinstance(part, str) else part) for part in parts)
+    if len(set(names)) != len(names):
+        raise ValueError
+    return names
+
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_NAME_WORDS = "1 to 63 letters, digits, dots, dashes or underscores, first a letter or digit"
+_LISTEN_WORDS = "HOST:PORT, such as 127.0.0.1:8080; port 0 takes any free one"
+_SIZE_WORDS = "a size such as 512MiB or 4GiB"
+_URL_WORDS = "an http:// or https:// URL"
+_LEVELS = "debug|info|warning|error"
+
+_CLUSTER = Setting("cluster", _field("cluster_url", _cluster), "file:///DIRECTORY (absolute)", required=True)
+_LISTEN = Setting("listen", _listen, _LISTEN_WORDS)
+_ADVERTISE = Setting("advertise", _field("advertise", _url), _URL_WORDS + " that others can reach")
+_DRAIN = Setting("drain-seconds", _field("drain_seconds", _seconds(0.1, 3600)), "0.1 to 3600 seconds")
+_LEVEL = Setting("log-level", _field("log_level", _text(_LEVELS)), _LEVELS.replace("|", ", "))
+_BODY = Setting("body-max", _field("body_max_bytes", _size(64 << 10)), _SIZE_WORDS + ", at least 64KiB")
+_LOG_MAX = Setting("log-max", _field("log_max_bytes", _size(8 * MIB)), _SIZE_WORDS + ", at least 8MiB")
+_JSON = Setting("json", _field("json", _yes), "true or false")
+_ACK_WORDS = "0 to 15 follower acknowledgments, fewer than there are voters"
+
+NODE = (
+    Setting("name", _field("name", _text(_NAME)), _NAME_WORDS, required=True),
+    Setting("data", _field("data_dir", _path), "a directory", required=True),
+    _CLUSTER,
+    _LISTEN,
+    _ADVERTISE,
+    Setting("init", _field("init", _yes), "true or false"),
+    Setting("voters", _field("voters", _names), "names separated by commas, each once"),
+    Setting("ack", _field("ack", _whole(0, 15)), _ACK_WORDS),
+    Setting("database", _field("database", _path), "path of a SQLite database"),
+    Setting("priority", _field("priority", _whole(-100, 100)), "-100 to 100"),
+    Setting("zone", _field("zone", _text(r"[A-Za-z0-9._-]{0,63}")), "up to 63 letters, digits, dots, dashes"),
+    Setting("replace-local", _field("replace_local", _yes), "true or false"),
+    _LOG_MAX,
+    Setting("log-keep-seconds", _field("log_keep_seconds", _seconds(0, 10**8)), "0 to 100000000 seconds"),
+    Setting("wal-max", _field("wal_max_bytes", _size(1 * MIB)), _SIZE_WORDS + ", at least 1MiB"),
+    _BODY,
+    _DRAIN,
+    _LEVEL,
+)
+
+PROXY = (
+    _CLUSTER,
+    Setting("name", _field("name", _text(_NAME)), _NAME_WORDS),
+    _LISTEN,
+    _ADVERTISE,
+    Setting("wait-seconds", _field("wait_seconds", _seconds(0, 60)), "0 to 60 seconds"),
+    Setting("deadline-seconds", _field("deadline_seconds", _seconds(0.1, 600)), "0.1 to 600 seconds"),
+    _BODY,
+    _DRAIN,
+    _LEVEL,
+)
+
+UP = (
+    Setting("database", _field("database", _path), "path of a SQLite database"),
+    Setting("followers", _field("followers", _whole(0, MAX_FOLLOWERS)), f"0 to {MAX_FOLLOWERS}"),
+    _LISTEN,
+    Setting("data", _field("data_dir", _path), "a directory"),
+    Setting("ack", _field("ack", _whole(0, 15)), _ACK_WORDS),
+    _JSON,
+    _LOG_MAX,
+    Setting("ready-seconds", _field("ready_seconds", _seconds(1, 3600)), "1 to 3600 seconds"),
+    _DRAIN,
+    _LEVEL,
+)
+
+STATUS = (
+    Setting("url", _field("url", _url), _URL_WORDS + " of a proxy or node"),
+    _JSON,
+    Setting("watch", _field("watch", _yes), "true or false"),
+    Setting("timeout-seconds", _field("timeout_seconds", _seconds(0.1, 60)), "0.1 to 60 seconds"),
+)
+
+_TABLES: dict[type[Any], tuple[str, tuple[Setting, ...]]] = {
+    NodeConfig: ("node", NODE),
+    ProxyConfig: ("proxy", PROXY),
+    UpConfig: ("up", UP),
+    StatusConfig: ("status", STATUS),
+}
+
+
+def build(
+    kind: type[C],
+    flags: Mapping[str, object],
+    *,
+    environ: Mapping[str, str],
+    config_file: Path | None = None,
+) -> C:
+    """The settings of one command. `flags` by flag name; a value of None means that the flag was not given.
+
+    Raises UsageError with every problem found, one a line.
+    """
+    command, settings = _TABLES[kind]
+    table = _read_table(config_file, command, settings)
+    fields: dict[str, Any] = {}
+    problems: list[str] = []
+    for setting in settings:
+        name = environment_name(setting.flag)
+        if flags.get(setting.flag) is not None:
+            source, raw = f"--{setting.flag}", flags[setting.flag]
+        elif name in environ:
+            source, raw = name, environ[name]
+        elif setting.flag in table:
+            source, raw = f"[{command}] {setting.flag} in {config_file}", table[setting.flag]
+        else:
+            if setting.required:
+                problems.append(
+                    f"--{setting.flag} is missing (or {name}, or {setting.flag} under [{command}] in the file of "
+                    f"--config); allowed: {setting.allowed}"
+                )
+            continue
+        try:
+            fields |= setting.parse(raw)
+        except UsageError as error:
+            problems.append(f"{source}: {error}")
+        except (ValueError, TypeError, OverflowError):
+            problems.append(f"{source} = {str(raw)[:100]!r} is not allowed; allowed: {setting.allowed}")
+    if not problems:
+        problems = _CROSS_CHECKS.get(kind, lambda _fields: [])(fields)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return kind(**fields)
+
+
+def _read_table(path: Path | None, command: str, settings: tuple[Setting, ...]) -> dict[str, Any]:
+    """The command's table of a TOML file. Raises UsageError for what is no TOML and for keys nobody knows."""
+    if path is None:
+        return {}
+    try:
+        whole = msgspec.toml.decode(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not TOML: {error}") from error
+    commands = sorted(name for name, _ in _TABLES.values())
+    if unknown := sorted(whole.keys() - set(commands)):
+        raise UsageError(f"--config {path}: unknown {', '.join(unknown)}; allowed: the tables {', '.join(commands)}")
+    table = whole.get(command, {})
+    known = {setting.flag for setting in settings}
+    if not isinstance(table, dict) or (unknown := sorted(table.keys() - known)):
+        what = ", ".join(unknown) if isinstance(table, dict) else "a value where a table belongs"
+        raise UsageError(f"--config {path}: [{command}] has {what}; allowed: {', '.join(sorted(known))}")
+    return table
+
+
+def _check_node(fields: dict[str, Any]) -> list[str]:
+    """Founding settings belong to --init, and the acknowledgments must be possible."""
+    if not fields.get("init"):
+        return [
+            f"--{flag} is part of founding a cluster: give it with --init, or leave it out"
+            for flag in ("voters", "ack")
+            if flag in fields
+        ]
+    voters = fields.setdefault("voters", ()) or (fields["name"],)
+    ack = fields.setdefault("ack", 1 if len(voters) > 1 else 0)
+    problems = []
+    if fields["name"] not in voters:
+        problems.append(f"--voters {','.join(voters)} lacks this node, {fields['name']!r}: the founder leads first")
+    if ack >= len(voters):
+        problems.append(_too_many(ack, len(voters)))
+    return problems
+
+
+def _check_up(fields: dict[str, Any]) -> list[str]:
+    voters = fields.get("followers", DEFAULT_FOLLOWERS) + 1
+    ack = fields.get("ack")
+    return [_too_many(ack, voters)] if ack is not None and ack >= voters else []
+
+
+def _too_many(ack: int, voters: int) -> str:
+    return (
+        f"--ack {ack} can never be met: of {voters} voter{'s' * (voters > 1)} the leader does not count; "
+        f"allowed: 0 to {voters - 1}"
+    )
+
+
+_CROSS_CHECKS: dict[type[Any], Callable[[dict[str, Any]], list[str]]] = {NodeConfig: _check_node, UpConfig: _check_up}
