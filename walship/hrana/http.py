@@ -1,0 +1,136 @@
+"""Hrana over HTTP, the parts that are tables: paths, probe texts, and how a failure of a whole request looks.
+
+Statement errors are inside a reply with status 200 (`walship.hrana.json.failed`). What is here ends the request:
+any status of 400 or more tells the client that its stream is gone (hrana.md 1.4). Protocol errors are plain text,
+as sqld sends them; all others are JSON that serves every client at once: `message` and `code` for those that read
+an Error structure, `error` for those that expect sqld's `{"error": ...}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from walship.errors import (
+    Behind,
+    CompareFailed,
+    Draining,
+    Fenced,
+    NotDone,
+    NotLeader,
+    NotReadOnly,
+    Overloaded,
+    ProtocolViolation,
+    StatementFailed,
+    StorageFailed,
+    TransactionTimeout,
+    Unavailable,
+    UsageError,
+    WalshipError,
+    WriteLost,
+)
+
+__all__ = [
+    "CURSOR_TYPE",
+    "DEFAULT_MAX_BODY_BYTES",
+    "ENDPOINTS",
+    "JSON_TYPE",
+    "PROBES",
+    "TEXT_TYPE",
+    "Endpoint",
+    "Failure",
+    "Verb",
+    "body_too_large",
+    "failure",
+    "stream_expired",
+]
+
+JSON_TYPE: Final = "application/json"
+TEXT_TYPE: Final = "text/plain"
+CURSOR_TYPE: Final = "text/plain"
+DEFAULT_MAX_BODY_BYTES: Final = 16 << 20
+
+
+class Verb(StrEnum):
+    PIPELINE = "pipeline"
+    CURSOR = "cursor"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What a POST to a path means."""
+
+    verb: Verb
+    version: int
+
+
+ENDPOINTS: Final[dict[str, Endpoint]] = {
+    "/v2/pipeline": Endpoint(Verb.PIPELINE, 2),
+    "/v3/pipeline": Endpoint(Verb.PIPELINE, 3),
+    "/v3/cursor": Endpoint(Verb.CURSOR, 3),
+}
+
+# GET on these answers 200 with the text: "this version is spoken here" (hrana.md 1.1).
+PROBES: Final[dict[str, str]] = {
+    "/v2": "Hello, this is HTTP API v2 (Hrana over HTTP)",
+    "/v3": "Hello, this is HTTP API v3 (Hrana over HTTP)",
+}
+
+# First match along the class's ancestors. 503 is "elsewhere or later", 409 "not on these terms", 429 "slower".
+STATUSES: Final[dict[type[WalshipError], int]] = {
+    ProtocolViolation: 400,
+    StatementFailed: 400,
+    UsageError: 400,
+    TransactionTimeout: 400,
+    NotReadOnly: 409,
+    WriteLost: 409,
+    Overloaded: 429,
+    NotLeader: 503,
+    Behind: 503,
+    Draining: 503,
+    NotDone: 503,
+    Unavailable: 503,
+    Fenced: 503,
+    CompareFailed: 503,
+    StorageFailed: 500,
+    WalshipError: 500,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A whole-request failure, ready to be sent."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+def failure(error: WalshipError) -> Failure:
+    """How `error` looks to an HTTP client."""
+    status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+    if isinstance(error, ProtocolViolation):
+        return Failure(status, TEXT_TYPE, str(error).encode("utf-8", "replace"))
+    code = error.statement_code if isinstance(error, StatementFailed) else error.code
+    extra = {"leader": error.leader, "url": error.url, "term": error.term} if isinstance(error, NotLeader) else {}
+    return _json_failure(status, str(error), code, extra)
+
+
+def stream_expired() -> Failure:
+    """The stream of a baton is gone together with its open transaction (hrana.md 1.4)."""
+    return _json_failure(400, "The stream has expired due to inactivity", "STREAM_EXPIRED")
+
+
+def body_too_large(limit_bytes: int) -> Failure:
+    """The body of a request exceeds what this server takes. Nothing was run."""
+    message = f"The request body exceeds {limit_bytes} bytes; nothing was run. Send it in smaller pieces."
+    return _json_failure(413, message, "REQUEST_TOO_LARGE")
+
+
+def _json_failure(status: int, message: str, code: str, extra: dict[str, str | int | None] | None = None) -> Failure:
+    message = message.encode("utf-8", "replace").decode("utf-8")
+    body = {"message": message, "code": code, "error": message, **(extra or {})}
+    return Failure(status, JSON_TYPE, msgspec.json.encode(body))
