@@ -157,8 +157,6 @@ class PageChecksums:
             return NotImplemented
         return self.page_size == other.page_size and self._array == other._array
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"<PageChecksums of {self.commit} pages of {self.page_size} bytes, rolling {self.rolling:016x}>"
 
