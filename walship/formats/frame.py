@@ -17,9 +17,10 @@ from enum import IntFlag
 from typing import Self
 
 from walship.errors import CorruptRecord
+from walship.formats.checksum import FLAG
 from walship.formats.parts import PART_BYTES, End, Part, PartsReader, PartsWriter
 from walship.formats.position import Position, Tip
-from walship.formats.record import FLAG, Kind, Record
+from walship.formats.record import Kind, Record
 
 __all__ = [
     "DATABASE",

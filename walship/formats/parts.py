@@ -15,7 +15,8 @@ from typing import Self
 from fastcrc import crc64
 
 from walship.errors import CorruptRecord
-from walship.formats.record import FLAG, Kind, Record, encode_record
+from walship.formats.checksum import FLAG
+from walship.formats.record import Kind, Record, encode_record
 
 __all__ = ["PART_BYTES", "End", "Kinds", "Part", "PartsReader", "PartsWriter"]
 

@@ -18,6 +18,7 @@ from enum import IntEnum
 from fastcrc import crc64
 
 from walship.errors import CorruptRecord
+from walship.formats.checksum import FLAG
 
 __all__ = [
     "MAX_BODY",
@@ -30,7 +31,7 @@ __all__ = [
     "encode_record",
 ]
 
-FLAG = 1 << 63
+
 RECORD_VERSION = 1
 MAX_BODY = (1 << 20) + (64 << 10)  # a frame part of 1 MiB, with room for whatever a later version puts around it
 
