@@ -346,7 +346,7 @@ def build(
         except (ValueError, TypeError, OverflowError):
             problems.append(f"{source} = {str(raw)[:100]!r} is not allowed; allowed: {setting.allowed}")
     if not problems:
-        problems = _CROSS_CHECKS.get(kind, lambda _fields: [])(fields)
+        problems = _CROSS_CHECKS[kind](fields) if kind in _CROSS_CHECKS else []
     if problems:
         raise UsageError("\n".join(problems))
     return kind(**fields)
