@@ -23,6 +23,7 @@ from walship.formats.checksum import FLAG
 __all__ = [
     "MAX_BODY",
     "RECORD_HEADER_SIZE",
+    "RECORD_LAYOUT",
     "RECORD_OVERHEAD",
     "RECORD_VERSION",
     "Kind",
@@ -35,10 +36,10 @@ __all__ = [
 RECORD_VERSION = 1
 MAX_BODY = (1 << 20) + (64 << 10)  # a frame part of 1 MiB, with room for whatever a later version puts around it
 
-_HEADER = struct.Struct(">BBHI")
+RECORD_LAYOUT = struct.Struct(">BBHI")  # what comes before the body
 _CHECKSUM = struct.Struct(">Q")
-RECORD_HEADER_SIZE = _HEADER.size
-RECORD_OVERHEAD = _HEADER.size + _CHECKSUM.size
+RECORD_HEADER_SIZE = RECORD_LAYOUT.size
+RECORD_OVERHEAD = RECORD_LAYOUT.size + _CHECKSUM.size
 _COMPACT_BYTES = 4 << 20  # consumed bytes a reader keeps before it moves the rest to the front of its buffer
 
 
@@ -96,7 +97,7 @@ def encode_record(kind: Kind, body: bytes | bytearray | memoryview) -> bytes:
 def _header(kind: Kind, body: bytes | bytearray | memoryview) -> bytes:
     if len(body) > MAX_BODY:
         raise ValueError(f"a record body of {len(body)} bytes is above the bound of {MAX_BODY}")
-    return _HEADER.pack(kind, RECORD_VERSION, 0, len(body))
+    return RECORD_LAYOUT.pack(kind, RECORD_VERSION, 0, len(body))
 
 
 def _checksum(header: bytes, body: bytes | bytearray | memoryview) -> int:
@@ -139,7 +140,7 @@ class RecordReader:
         available = len(self._buffer) - self._start
         if available < RECORD_HEADER_SIZE:
             return None
-        code, version, reserved, length = _HEADER.unpack_from(self._buffer, self._start)
+        code, version, reserved, length = RECORD_LAYOUT.unpack_from(self._buffer, self._start)
         kind = _KINDS.get(code)
         if kind is None or version != RECORD_VERSION or reserved or length > MAX_BODY:
             raise self._fail(f"no record begins there (kind {code}, version {version}, {length} bytes)")

@@ -9,15 +9,15 @@ from typing import ClassVar, Self
 from walship.errors import CorruptLtx
 from walship.formats.checksum import FLAG, Buffer
 
-__all__ = ["HEADER_SIZE", "NO_CHECKSUM", "TRAILER_SIZE", "LtxHeader", "LtxTrailer"]
+__all__ = ["HEADER_LAYOUT", "HEADER_SIZE", "NO_CHECKSUM", "TRAILER_LAYOUT", "TRAILER_SIZE", "LtxHeader", "LtxTrailer"]
 
 MAGIC = b"LTX1"
 NO_CHECKSUM = 2
 
-_HEADER = struct.Struct(">4sIIIQQqQqqIIQ20s")
-_TRAILER = struct.Struct(">QQ")
-HEADER_SIZE = _HEADER.size
-TRAILER_SIZE = _TRAILER.size
+HEADER_LAYOUT = struct.Struct(">4sIIIQQqQqqIIQ20s")
+TRAILER_LAYOUT = struct.Struct(">QQ")
+HEADER_SIZE = HEADER_LAYOUT.size
+TRAILER_SIZE = TRAILER_LAYOUT.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class LtxHeader:
         return f"{self.min_txid:016x}-{self.max_txid:016x}.ltx"
 
     def to_bytes(self) -> bytes:
-        return _HEADER.pack(
+        return HEADER_LAYOUT.pack(
             MAGIC,
             self.flags,
             self.page_size,
@@ -97,7 +97,7 @@ class LtxHeader:
         if len(data) < HEADER_SIZE:
             raise CorruptLtx(f"an LTX header has {HEADER_SIZE} bytes, {len(data)} are there")
         magic, flags, page_size, commit, first, last, time_ms, pre, offset, size, salt1, salt2, node, _ = (
-            _HEADER.unpack_from(data)
+            HEADER_LAYOUT.unpack_from(data)
         )
         if magic != MAGIC:
             raise CorruptLtx(f"not an LTX file: it begins with {magic!r}")
@@ -118,14 +118,14 @@ class LtxTrailer:
     SIZE: ClassVar[int] = TRAILER_SIZE
 
     def to_bytes(self) -> bytes:
-        return _TRAILER.pack(self.post_apply, self.checksum)
+        return TRAILER_LAYOUT.pack(self.post_apply, self.checksum)
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
         """Read TRAILER_SIZE bytes. Raises CorruptLtx."""
         if len(data) != TRAILER_SIZE:
             raise CorruptLtx(f"an LTX trailer has {TRAILER_SIZE} bytes, {len(data)} are there")
-        return cls(*_TRAILER.unpack(data))
+        return cls(*TRAILER_LAYOUT.unpack(data))
 
     def __str__(self) -> str:
         return f"file checksum {self.checksum:016x}"

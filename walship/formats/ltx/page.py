@@ -10,10 +10,18 @@ from walship.errors import CorruptLtx
 from walship.formats.checksum import Buffer, lock_pgno
 from walship.formats.ltx.header import LtxHeader
 
-__all__ = ["END_OF_PAGES", "PAGE_HEADER_SIZE", "PageOrder", "pack_page", "read_page_header", "unpack_page"]
+__all__ = [
+    "END_OF_PAGES",
+    "PAGE_HEADER_SIZE",
+    "PAGE_LAYOUT",
+    "PageOrder",
+    "pack_page",
+    "read_page_header",
+    "unpack_page",
+]
 
-_PAGE = struct.Struct(">IHI")
-PAGE_HEADER_SIZE = _PAGE.size
+PAGE_LAYOUT = struct.Struct(">IHI")
+PAGE_HEADER_SIZE = PAGE_LAYOUT.size
 END_OF_PAGES = bytes(6)  # pgno and page flags, both zero
 _HAS_SIZE = 1  # page flag: the compressed length follows; what every writer sets today
 
@@ -23,7 +31,7 @@ _compress = lz4.block.compress
 def pack_page(pgno: int, data: Buffer) -> tuple[bytes, bytes]:
     """Return page header and LZ4 block; together they are the page frame."""
     packed: bytes = _compress(data, store_size=False)
-    return _PAGE.pack(pgno, _HAS_SIZE, len(packed)), packed
+    return PAGE_LAYOUT.pack(pgno, _HAS_SIZE, len(packed)), packed
 
 
 def read_page_header(data: Buffer, at: int, page_size: int) -> tuple[int, int]:
@@ -31,7 +39,7 @@ def read_page_header(data: Buffer, at: int, page_size: int) -> tuple[int, int]:
 
     PAGE_HEADER_SIZE bytes must be there. Raises CorruptLtx for what nobody writes, legacy page frames among it.
     """
-    pgno, flags, length = _PAGE.unpack_from(data, at)
+    pgno, flags, length = PAGE_LAYOUT.unpack_from(data, at)
     if not pgno and not flags:
         return 0, len(END_OF_PAGES)
     if not pgno or flags != _HAS_SIZE or not 0 < length <= _most_compressed(page_size):
@@ -87,7 +95,8 @@ class PageOrder:
             raise self._missing()
 
     def _missing(self) -> CorruptLtx:
+        why = "a reader would restore old content there" if self._known else "a file from TXID 1 on is a snapshot"
         return CorruptLtx(
-            f"page {self._due} is missing: the database grows from {self._known} to {self._commit} pages, and a "
-            "reader would restore old content there"
+            f"page {self._due} is missing, but the file grows the database from {self._known} to {self._commit} pages "
+            f"({why})"
         )

@@ -18,10 +18,10 @@ from walship.errors import CorruptRecord
 from walship.formats.checksum import FLAG
 from walship.formats.record import Kind, Record, encode_record
 
-__all__ = ["PART_BYTES", "End", "Kinds", "Part", "PartsReader", "PartsWriter"]
+__all__ = ["END_LAYOUT", "PART_BYTES", "End", "Kinds", "Part", "PartsReader", "PartsWriter"]
 
 PART_BYTES = 1 << 20
-_END = struct.Struct(">IQQ")
+END_LAYOUT = struct.Struct(">IQQ")
 _CHECKSUM_SIZE = 8
 
 Kinds = tuple[Kind, Kind, Kind]
@@ -43,18 +43,18 @@ class End:
     payload_bytes: int
     checksum: int
 
-    SIZE = _END.size
+    SIZE = END_LAYOUT.size
 
     def to_body(self) -> bytes:
         """Return the body of the end record."""
-        return _END.pack(self.parts, self.payload_bytes, self.checksum)
+        return END_LAYOUT.pack(self.parts, self.payload_bytes, self.checksum)
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Read the body of an end record. Raises CorruptRecord for anything else."""
-        if len(body) != _END.size:
-            raise CorruptRecord(f"an end record has {len(body)} bytes instead of {_END.size}")
-        return cls(*_END.unpack(body))
+        if len(body) != END_LAYOUT.size:
+            raise CorruptRecord(f"an end record has {len(body)} bytes instead of {END_LAYOUT.size}")
+        return cls(*END_LAYOUT.unpack(body))
 
     def __str__(self) -> str:
         return f"end after {self.payload_bytes} bytes in {self.parts} parts"

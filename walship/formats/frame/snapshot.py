@@ -1,0 +1,85 @@
+"""Snapshot headers: which state of the database a snapshot is."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Self
+
+from walship.errors import CorruptRecord
+from walship.formats.checksum import FLAG
+from walship.formats.frame.header import check_identity, check_pages
+from walship.formats.frame.token import CommitToken, check_tokens, parse_tokens
+from walship.formats.position import Position, Tip
+
+__all__ = ["MAX_SNAPSHOT_TOKENS", "SNAPSHOT_LAYOUT", "SnapshotHeader"]
+
+MAX_SNAPSHOT_TOKENS = 16384  # 656 KiB, so the header stays one record; a sender with more raises complete_since_ms
+
+SNAPSHOT_LAYOUT = struct.Struct(">4s16sIQQQIIqqI")
+_SNAPSHOT_MAGIC = b"WSS1"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotHeader:
+    """The whole database at one position; the payload is one LTX snapshot (minTXID 1).
+
+    `tokens` are the commit tokens still kept (R19), all of those after `complete_since_ms`. Raises CorruptRecord when
+    the fields contradict each other.
+    """
+
+    cluster: bytes
+    database: int
+    position: Position
+    checksum: int
+    commit: int
+    page_size: int
+    time_ms: int
+    complete_since_ms: int
+    tokens: tuple[CommitToken, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_identity("snapshot", self.cluster, self.database)
+        check_pages("snapshot", self.page_size, self.commit)
+        if not self.checksum & FLAG:
+            raise CorruptRecord("a snapshot carries a database checksum without its flag bit")
+        if self.time_ms < 0 or self.complete_since_ms < 0:
+            raise CorruptRecord("a snapshot is dated before 1970")
+        check_tokens("snapshot", self.tokens, MAX_SNAPSHOT_TOKENS, self.position.txid)
+
+    @property
+    def tip(self) -> Tip:
+        """The state that the snapshot holds."""
+        return Tip(self.position, self.checksum, self.commit)
+
+    def to_body(self) -> bytes:
+        """Return the body of the SNAPSHOT_HEADER record."""
+        fixed = SNAPSHOT_LAYOUT.pack(
+            _SNAPSHOT_MAGIC,
+            self.cluster,
+            self.database,
+            self.position.term,
+            self.position.txid,
+            self.checksum,
+            self.commit,
+            self.page_size,
+            self.time_ms,
+            self.complete_since_ms,
+            len(self.tokens),
+        )
+        return fixed + b"".join([token.to_bytes() for token in self.tokens])
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read the body of a SNAPSHOT_HEADER record. Raises CorruptRecord for anything else."""
+        if len(body) < SNAPSHOT_LAYOUT.size or body[:4] != _SNAPSHOT_MAGIC:
+            raise CorruptRecord(f"not a snapshot header: {len(body)} bytes that begin with {body[:4]!r}")
+        _, cluster, database, term, txid, checksum, commit, page_size, time_ms, since_ms, count = (
+            SNAPSHOT_LAYOUT.unpack_from(body)
+        )
+        tokens = parse_tokens("snapshot", body, SNAPSHOT_LAYOUT.size, count)
+        position = Position(term, txid)
+        return cls(cluster, database, position, checksum, commit, page_size, time_ms, since_ms, tokens)
+
+    def __str__(self) -> str:
+        return f"snapshot of {self.tip} in pages of {self.page_size}"
