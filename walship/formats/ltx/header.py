@@ -24,7 +24,7 @@ TRAILER_SIZE = TRAILER_LAYOUT.size
 class LtxHeader:
     """What a file holds: the pages that lead to `commit` pages at `max_txid`.
 
-    `wal_offset`, `wal_size` (bytes) and the salts say which -wal frames it was made from; Litestream needs an offset
+    `wal_offset`, `wal_size` (bytes) and `wal_salts` say which -wal frames it was made from; Litestream needs an offset
     of at least 32 in the newest file to take over a replica. Raises CorruptLtx when the fields contradict each other.
     """
 
@@ -35,8 +35,7 @@ class LtxHeader:
     timestamp_ms: int = 0
     wal_offset: int = 0
     wal_size: int = 0
-    salt1: int = 0
-    salt2: int = 0
+    wal_salts: tuple[int, int] = (0, 0)
     node_id: int = 0
     flags: int = NO_CHECKSUM
     pre_apply: int = 0
@@ -55,7 +54,7 @@ class LtxHeader:
             raise CorruptLtx(f"unknown flags {self.flags:#x}")
         if self.wal_offset < 0 or self.wal_size < 0:
             raise CorruptLtx(f"negative WAL offset or size ({self.wal_offset}, {self.wal_size})")
-        if not self.wal_offset and (self.wal_size or self.salt1 or self.salt2):
+        if not self.wal_offset and (self.wal_size or any(self.wal_salts)):
             raise CorruptLtx("a WAL size or salts without a WAL offset")
         if self.flags & NO_CHECKSUM or self.min_txid == 1:
             if self.pre_apply:
@@ -85,8 +84,7 @@ class LtxHeader:
             self.pre_apply,
             self.wal_offset,
             self.wal_size,
-            self.salt1,
-            self.salt2,
+            *self.wal_salts,
             self.node_id,
             b"",
         )
@@ -96,12 +94,12 @@ class LtxHeader:
         """Read the first HEADER_SIZE bytes of a file. Raises CorruptLtx."""
         if len(data) < HEADER_SIZE:
             raise CorruptLtx(f"an LTX header has {HEADER_SIZE} bytes, {len(data)} are there")
-        magic, flags, page_size, commit, first, last, time_ms, pre, offset, size, salt1, salt2, node, _ = (
+        magic, flags, page_size, commit, first, last, time_ms, pre, offset, size, *salts, node, _ = (
             HEADER_LAYOUT.unpack_from(data)
         )
         if magic != MAGIC:
             raise CorruptLtx(f"not an LTX file: it begins with {magic!r}")
-        return cls(page_size, commit, first, last, time_ms, offset, size, salt1, salt2, node, flags, pre)
+        return cls(page_size, commit, first, last, time_ms, offset, size, (salts[0], salts[1]), node, flags, pre)
 
     def __str__(self) -> str:
         what = "snapshot" if self.is_snapshot else f"txids {self.min_txid} to"
