@@ -272,6 +272,11 @@ class Log:
         return next((segment.page_size for segment in reversed(self._snapshot()) if segment.page_size), 0)
 
     @property
+    def last_time_ms(self) -> int:
+        """Time of the newest frame (or of the log's beginning): no later frame may be dated before it (R3)."""
+        return max(segment.last_time_ms for segment in self._snapshot()[-2:])
+
+    @property
     def cluster(self) -> bytes:
         return self._head[0].head.cluster
 

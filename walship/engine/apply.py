@@ -1,0 +1,197 @@
+"""Applying pages on a follower: append frames to its own -wal, then publish them in the wal-index (engine.md 2).
+
+Readers keep their snapshot and never wait; the next reader sees all of the batch or nothing. SQLite's own recovery
+makes the append crash-safe. After a checkpoint the database file is byte-identical to the leader's.
+
+Plan of one batch:
+    1 take WRITE on the holder connection          2 read the header, check that nobody else wrote
+    3 on an empty -wal write its header            4 append the frames, commit size in the last one only
+    5 fdatasync, where asked                       6 index the frames (still invisible)
+    7 publish the header: copy 1, copy 0           8 COMMIT (never ROLLBACK, engine.md T2)
+
+Warnings: any error before step 7 leaves the old state standing. Run in a worker thread, so that neither a keyboard
+interrupt nor a cancellation can land between the two copies of step 7.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import apsw
+
+from walship.engine import failpoints
+from walship.engine.database import Database, holding_write
+from walship.errors import CorruptDatabase, StorageFailed, Unavailable
+from walship.formats.checksum import lock_pgno
+from walship.formats.wal import FRAME_HEADER_SIZE, WAL_HEADER_SIZE, WalHeader, build_frames, frame_offset
+from walship.formats.wal_index import WalIndexHeader
+
+__all__ = ["Applier", "Batch"]
+
+_CHUNK_BYTES = 4 << 20  # frames are built and written in pieces of about this size
+_U64 = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pages to apply as one commit.
+
+    pgnos: ascending, unique, none above `commit`, the lock page left out.
+    pages: called once; yields the page images in the order of `pgnos`.
+    commit: database size in pages afterwards.
+    """
+
+    pgnos: Sequence[int]
+    pages: Callable[[], Iterable[bytes | memoryview]]
+    commit: int
+
+
+class Applier:
+    """Appends batches to one follower's -wal. Used from one thread only."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._left: WalIndexHeader = database.index.header()
+
+    def apply(self, batch: Batch, *, sync: bool, publishing: Callable[[], None]) -> None:
+        """Apply `batch` as one commit; `publishing` is called right before it can become visible (R17).
+
+        Raises:
+            CorruptDatabase: somebody else wrote to this file, or the batch would leave a hole (engine.md T10).
+            StorageFailed: writing failed; nothing was published.
+            Unavailable: another process held the write lock for seconds; nothing was published.
+        """
+        database = self._database
+        try:
+            with holding_write(database.holder):
+                header = database.index.header()
+                self._check_nobody_wrote(header)
+                self._check_growth(header, batch)
+                header = self._begin_generation(header)
+                published = self._append(header, batch)
+                if sync:
+                    database.sync_wal()
+                publishing()
+                database.index.publish(published)
+                self._left = published
+        except apsw.BusyError as error:
+            raise Unavailable(
+                f"{database.path}: another process held SQLite's write lock for seconds. Nothing was published; "
+                "find out who writes to a follower's file and stop it."
+            ) from error
+
+    def accept_header(self) -> None:
+        """Take the header as it is now for ours: after our own checkpoint, which changes salts and mxFrame."""
+        self._left = self._database.index.header()
+        self._database.index.forget_slots()
+
+    def mx_frame(self) -> int:
+        """Frames in the present generation of the -wal."""
+        return self._left.mx_frame
+
+    def _check_nobody_wrote(self, header: WalIndexHeader) -> None:
+        left = self._left
+        if header == left:
+            return
+        # Our own TRUNCATE or a checkpoint of anybody changes salts and mxFrame but never content or iChange;
+        # SQLite's recovery sets iChange to 0 and keeps the frames (engine.md T8).
+        emptied = header.change == left.change and header.mx_frame == 0
+        recovered = header == dataclasses.replace(left, change=0)
+        if not emptied and not recovered:
+            raise CorruptDatabase(
+                f"{self._database.path}: somebody else wrote to this follower's file "
+                f"(wal-index change counter {header.change}, ours was {left.change}). "
+                "Replicated history is intact; the node re-seeds its file from the leader."
+            )
+        self._database.index.forget_slots()
+
+    def _check_growth(self, header: WalIndexHeader, batch: Batch) -> None:
+        """A hole between the old and the new size would fail every later checkpoint (engine.md T10)."""
+        before = header.commit or os.fstat(self._database.file_fd).st_size // self._database.page_size
+        lock = lock_pgno(self._database.page_size)
+        expected = sum(1 for pgno in (lock,) if before < pgno <= batch.commit)
+        grown = sum(1 for pgno in batch.pgnos if pgno > before)
+        if batch.commit > before and grown != batch.commit - before - expected:
+            raise CorruptDatabase(
+                f"{self._database.path}: a commit that grows the database from {before} to {batch.commit} pages "
+                f"carries only {grown} of the new ones. It was not applied; the node re-seeds from the leader."
+            )
+
+    def _begin_generation(self, header: WalIndexHeader) -> WalIndexHeader:
+        """The header to append after; on an empty -wal its 32-byte header is written first."""
+        if header.mx_frame:
+            return header
+        salts = header.salts
+        if salts == (0, 0):
+            salts = struct.unpack(">II", os.urandom(8))
+        fd = self._database.wal_fd
+        old = os.pread(fd, WAL_HEADER_SIZE, 0)
+        sequence = WalHeader.parse(old).checkpoint_sequence + 1 if len(old) == WAL_HEADER_SIZE else 0
+        wal_header = WalHeader.new(self._database.page_size, sequence & 0xFFFFFFFF, salts)
+        _write(fd, wal_header.to_bytes(), 0, self._database)
+        # SQLite syncs here too: a header that is lost after its frames were backfilled would hide them (engine.md 9).
+        self._database.sync_wal()
+        return dataclasses.replace(
+            header,
+            salts=salts,
+            big_endian=False,
+            page_size=self._database.page_size,
+            frame_checksum=wal_header.checksum,
+        )
+
+    def _append(self, header: WalIndexHeader, batch: Batch) -> WalIndexHeader:
+        """Steps 4 and 6; returns the header to publish."""
+        database = self._database
+        page_size = database.page_size
+        first = header.mx_frame + 1
+        offset = frame_offset(first, page_size)
+        seed = header.frame_checksum
+        for pages, is_last in _chunks(batch, max(1, _CHUNK_BYTES // (page_size + FRAME_HEADER_SIZE))):
+            frames, seed = build_frames(
+                pages, batch.commit if is_last else 0, page_size=page_size, salts=header.salts, seed=seed
+            )
+            _write(database.wal_fd, frames, offset, database)
+            offset += len(frames)
+        failpoints.reach("apply.frames_written")
+        database.index.insert(first, batch.pgnos)
+        failpoints.reach("apply.index_written")
+        return dataclasses.replace(
+            header,
+            mx_frame=header.mx_frame + len(batch.pgnos),
+            commit=batch.commit,
+            frame_checksum=seed,
+            change=(header.change + 1) & 0xFFFFFFFF,
+        )
+
+
+def _chunks(batch: Batch, size: int) -> Iterator[tuple[list[tuple[int, bytes | memoryview]], bool]]:
+    chunk: list[tuple[int, bytes | memoryview]] = []
+    last = len(batch.pgnos)
+    for count, (pgno, page) in enumerate(zip(batch.pgnos, batch.pages(), strict=True), start=1):
+        chunk.append((pgno, page))
+        if len(chunk) == size or count == last:
+            yield chunk, count == last
+            chunk = []
+
+
+def _write(fd: int, data: bytes | bytearray, offset: int, database: Database) -> None:
+    view = memoryview(data)
+    try:
+        while view:
+            written = os.pwrite(fd, view, offset)
+            view, offset = view[written:], offset + written
+    except OSError as error:
+        raise StorageFailed(
+            f"{database.wal_path}: write failed ({error.strerror}). Nothing of this batch was published, "
+            "what the log holds is kept; free disk space or replace the disk."
+        ) from error
+
+
+def pgno_array(pgnos: Iterable[int]) -> array[int]:
+    """Compact ascending page numbers for a Batch (4 bytes each instead of an object)."""
+    return array("I", pgnos)

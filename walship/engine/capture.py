@@ -1,0 +1,161 @@
+"""Capturing commits on the leader: which frames the -wal gained, read through the wal-index header (engine.md 8, B1).
+
+Frames at or below mxFrame of a valid header are committed by definition, so no checksum pass is needed; that each
+frame carries the generation's salts and the last one the header's checksum is verified all the same.
+
+A run larger than 16 MiB is described (page -> frame) instead of held; its pages are read again from the -wal while
+they are packed, which is safe because no frame is reused before the checkpoint that we ourselves order (R7).
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from walship.engine.database import Database
+from walship.errors import CorruptWal
+from walship.formats.wal import FRAME_HEADER_LAYOUT, FRAME_HEADER_SIZE, WAL_HEADER_SIZE, WalHeader, frame_offset
+from walship.formats.wal_index import WalIndexHeader
+
+__all__ = ["Capture", "Captured", "WalPoint"]
+
+_HELD_BYTES = 16 << 20  # R6: nothing holds more of a frame in memory
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WalPoint:
+    """A frame boundary of one -wal generation: frames 1..frame are behind us, the last has `checksum` (the header's
+    own for frame 0)."""
+
+    salts: tuple[int, int]
+    frame: int
+    checksum: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"frame {self.frame} of generation {self.salts[0]:08x}-{self.salts[1]:08x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A run of whole commits.
+
+    since: where the run starts; a frame of 0 means that it opens a generation.
+    until: where it ends.   commits: how many SQLite commits it holds.   commit: database size in pages afterwards.
+    newest: page number -> number of the newest frame of the run that holds it, for pages up to `commit`.
+    """
+
+    database: Database
+    since: WalPoint
+    until: WalPoint
+    commits: int
+    commit: int
+    newest: dict[int, int]
+    data: bytes | None
+
+    @property
+    def offset_bytes(self) -> int:
+        return frame_offset(self.since.frame + 1, self.database.page_size)
+
+    @property
+    def size_bytes(self) -> int:
+        return (self.until.frame - self.since.frame) * (FRAME_HEADER_SIZE + self.database.page_size)
+
+    def pages(self) -> Iterator[tuple[int, bytes | memoryview]]:
+        """(pgno, newest image), ascending."""
+        page_size = self.database.page_size
+        if self.data is None:
+            for pgno in sorted(self.newest):
+                offset = frame_offset(self.newest[pgno], page_size) + FRAME_HEADER_SIZE
+                yield pgno, _pread(self.database.wal_fd, page_size, offset, self.until)
+            return
+        view = memoryview(self.data)
+        first, step = self.since.frame + 1, FRAME_HEADER_SIZE + page_size
+        for pgno in sorted(self.newest):
+            start = (self.newest[pgno] - first) * step + FRAME_HEADER_SIZE
+            yield pgno, view[start : start + page_size]
+
+
+class Capture:
+    """Follows the -wal of one database. Used from one thread, with frames past `at` protected from reuse."""
+
+    def __init__(self, database: Database, at: WalPoint | None) -> None:
+        """`at` None: the -wal is empty and the next generation is counted from its first frame."""
+        self._database = database
+        self.at = at
+
+    def behind(self, header: WalIndexHeader) -> bool:
+        """True iff `header` shows commits not captured yet."""
+        at = self.at
+        if at is None or header.salts != at.salts:
+            return header.mx_frame > 0
+        return header.mx_frame > at.frame
+
+    def read(self, *, one_commit: bool = False) -> Captured | None:
+        """The commits since `at`, or the first of them alone; None when there are none. Does not move `at`.
+
+        Raises CorruptWal when the -wal contradicts its index.
+        """
+        header = self._database.index.header()
+        if not self.behind(header):
+            if self.at is not None and header.salts == self.at.salts and header.mx_frame < self.at.frame:
+                raise CorruptWal(f"{self._database.wal_path}: {header} went back behind {self.at}")
+            return None
+        since = self.at
+        if since is None or since.salts != header.salts:
+            wal_header = WalHeader.parse(os.pread(self._database.wal_fd, WAL_HEADER_SIZE, 0))
+            since = WalPoint(header.salts, 0, wal_header.checksum)
+        return self._read(since, header, one_commit=one_commit)
+
+    def advance(self, captured: Captured) -> None:
+        """Go past `captured`, once it is in the log."""
+        self.at = captured.until
+
+    def _read(self, since: WalPoint, header: WalIndexHeader, *, one_commit: bool) -> Captured:
+        database, page_size = self._database, self._database.page_size
+        step = FRAME_HEADER_SIZE + page_size
+        total = (header.mx_frame - since.frame) * step
+        offset = frame_offset(since.frame + 1, page_size)
+        frame, commits, commit = since.frame, 0, 0
+        newest: dict[int, int] = {}
+        data: bytes | None = None
+        checksum = since.checksum
+        done = 0
+        while done < total:
+            size = min(total - done, total if total <= _HELD_BYTES else max(1, _CHUNK_BYTES // step) * step)
+            chunk = _pread(database.wal_fd, size, offset + done, since)
+            for at in range(0, size, step):
+                pgno, frame_commit, salt1, salt2, sum1, sum2 = FRAME_HEADER_LAYOUT.unpack_from(chunk, at)
+                frame += 1
+                if (salt1, salt2) != header.salts or not pgno:
+                    raise CorruptWal(
+                        f"{database.wal_path}: frame {frame} is not of the generation that the wal-index counts it in"
+                    )
+                newest[pgno] = frame
+                if frame_commit:
+                    commits += 1
+                    commit = frame_commit
+                    checksum = (sum1, sum2)
+                    if one_commit:
+                        break
+            done += size
+            if size == total:
+                data = chunk
+            if one_commit and commits:
+                break
+        if not one_commit and (checksum != header.frame_checksum or frame != header.mx_frame):
+            raise CorruptWal(f"{database.wal_path}: its last commit frame has another checksum than the wal-index")
+        for pgno in array("I", (pgno for pgno in newest if pgno > commit)):
+            del newest[pgno]
+        return Captured(database, since, WalPoint(header.salts, frame, checksum), commits, commit, newest, data)
+
+
+def _pread(fd: int, size: int, offset: int, at: WalPoint) -> bytes:
+    data = os.pread(fd, size, offset)
+    if len(data) != size:
+        raise CorruptWal(
+            f"the -wal ends at byte {offset + len(data)}, inside frames that its index counts (after {at})"
+        )
+    return data

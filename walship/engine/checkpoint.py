@@ -1,0 +1,81 @@
+"""When to checkpoint, as a pure decision, and the checkpoint calls themselves.
+
+Follower: SQLite checkpoints beside our frames; a TRUNCATE must succeed now and then, or the -wal grows without bound.
+It needs every reader off the WAL for a moment, so it waits only briefly, and longer once a minute when the -wal is
+past its limit (engine.md 4). Readers are never blocked.
+
+Leader: the writer resets the WAL in place, which keeps it preallocated and its fsyncs cheap (engine.md 8, 9);
+`leader.py` has that sequence. Here is only when.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import apsw
+
+__all__ = ["CheckpointPolicy", "Step", "passive", "truncate"]
+
+
+class Step(Enum):
+    """What to do now."""
+
+    NOTHING = auto()
+    PASSIVE = auto()
+    TRUNCATE = auto()
+    TRUNCATE_PATIENTLY = auto()
+
+
+@dataclass(slots=True)
+class CheckpointPolicy:
+    """Decides from bytes in the present WAL generation and the time, both given.
+
+    passive_bytes: copy frames back this often; truncate_bytes: try to empty the WAL past this size;
+    limit_bytes: past this a patient attempt is allowed every `patience_seconds`.
+    """
+
+    passive_bytes: int = 4 << 20
+    truncate_bytes: int = 16 << 20
+    limit_bytes: int = 256 << 20
+    patience_seconds: float = 60.0
+    _next_passive_bytes: int = 0
+    _next_truncate_bytes: int = 0
+    _patient_after: float = 0.0
+
+    def decide(self, wal_bytes: int, now: float) -> Step:
+        """`now` is monotonic, in seconds. Call `emptied` after the WAL was emptied."""
+        if wal_bytes >= self.limit_bytes and now >= self._patient_after:
+            self._patient_after = now + self.patience_seconds
+            return Step.TRUNCATE_PATIENTLY
+        if wal_bytes >= max(self.truncate_bytes, self._next_truncate_bytes):
+            # A failed attempt is not repeated at once: it costs a pause of the applier each time.
+            self._next_truncate_bytes = wal_bytes + self.passive_bytes
+            return Step.TRUNCATE
+        if wal_bytes >= max(self.passive_bytes, self._next_passive_bytes):
+            self._next_passive_bytes = wal_bytes + self.passive_bytes
+            return Step.PASSIVE
+        return Step.NOTHING
+
+    def emptied(self) -> None:
+        self._next_passive_bytes = self._next_truncate_bytes = 0
+
+
+def passive(connection: apsw.Connection) -> tuple[int, int]:
+    """Copy back what readers allow. Returns (frames in the WAL, frames copied back), or (-1, -1) when busy."""
+    try:
+        return connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+    except apsw.BusyError:
+        return -1, -1
+
+
+def truncate(connection: apsw.Connection, timeout_ms: int) -> bool:
+    """Copy everything back and empty the -wal; False when readers did not leave within `timeout_ms`."""
+    connection.set_busy_timeout(timeout_ms)
+    try:
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    except (apsw.BusyError, apsw.LockedError):
+        return False
+    finally:
+        connection.set_busy_timeout(2000)
+    return True

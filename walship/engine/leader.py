@@ -1,0 +1,306 @@
+"""The leading side of one database: commits become frames, frames become durable, the -wal stays bounded.
+
+Everything here runs in the writer thread. One group of commits goes through these steps (design.md 4):
+
+    capture new frames -> fdatasync of the -wal -> (new generation: its base made durable) -> frame into the log
+
+Nothing may be shipped before that fdatasync. The log is written, not synced: while `truth` is `wal`, the -wal is what
+a restart recounts from (R2); the log is synced before the -wal's past is let go (R7).
+
+A guard (a parked read transaction on READ(i>0)) makes it impossible that anybody resets the -wal under us; it is
+moved forward only inside `checkpoint` and right after a generation began (engine.md 8, "leapfrog").
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import apsw
+
+from walship.engine import failpoints
+from walship.engine.capture import Capture, Captured, WalPoint
+from walship.engine.checkpoint import passive, truncate
+from walship.engine.database import Database, holding_write
+from walship.engine.durable_state import StateFile, WalBase
+from walship.engine.log import FrameRef, Log
+from walship.engine.marks import Marks
+from walship.engine.snapshot import Snapshot
+from walship.engine.watermarks import Watermarks
+from walship.errors import Unavailable
+from walship.formats import ltx
+from walship.formats.checksum import PageChecksums
+from walship.formats.frame import CommitToken, FrameEncoder, FrameFlags, FrameHeader, SnapshotHeader, encode_frame
+from walship.formats.position import Position, Tip
+from walship.formats.wal import FRAME_HEADER_SIZE
+
+__all__ = ["Leader", "log_captured"]
+
+_log = logging.getLogger("walship.engine")
+
+CHECKPOINT_BYTES = 4 << 20  # reset the -wal in place about this often: SQLite's own default of 1,000 pages
+WAL_LIMIT_BYTES = 64 << 20  # past this the -wal file is given back to the disk
+_PIN_TRIES = 20
+
+
+class Guard:
+    """Two read connections that take turns, so that at every moment one of them holds a read transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._active = database.connect_reader()
+        self._idle = database.connect_reader()
+        self.on_file = self._begin(self._active)
+
+    def advance(self) -> None:
+        """Begin a new read transaction at the tip, then end the old one.
+
+        Only when everything up to the tip is in the log; and synced there, `next_base` durable, if it may land on
+        the file alone (R7).
+        """
+        self.on_file = self._begin(self._idle)
+        self._active.execute("COMMIT")
+        self._active, self._idle = self._idle, self._active
+
+    def close(self) -> None:
+        self._active.close(True)
+        self._idle.close(True)
+
+    def _begin(self, connection: apsw.Connection) -> bool:
+        """Begin; True when the transaction landed on READ(0), which ignores the -wal. It counts only after a read."""
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+        index = self._database.index
+        return index.checkpoint_info().n_backfill >= index.header().mx_frame
+
+
+class Leader:
+    """One database while this node leads `term`. Not thread-safe: the writer thread owns it.
+
+    on_frame: called in the writer thread with each frame once it may be shipped, and its bytes when they are small.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        log: Log,
+        state: StateFile,
+        marks: Marks,
+        checksums: PageChecksums,
+        watermarks: Watermarks,
+        cluster: bytes,
+        term: int,
+        at: WalPoint | None,
+        now_ms: Callable[[], int],
+        on_frame: Callable[[FrameRef, bytes | None], None],
+    ) -> None:
+        self.database = database
+        self.log = log
+        self.term = term
+        self.watermarks = watermarks
+        self._state = state
+        self._marks = marks
+        self._checksums = checksums
+        self._cluster = cluster
+        self._now_ms = now_ms
+        self._on_frame = on_frame
+        self._capture = Capture(database, at)
+        self._checkpointer = database.connect_writer()
+        self._guard = Guard(database)
+        self._attempt_after_bytes = 0
+        self.group_frames = 0
+
+    @property
+    def tip(self) -> Tip:
+        return self.log.tip
+
+    def commit_group(self, tokens: tuple[CommitToken, ...] = ()) -> Tip:
+        """Make every commit in the -wal durable and part of the log, as one frame. Returns the tip.
+
+        Raises StorageFailed or CorruptWal; the process must then end, and recounts at its next start.
+        """
+        captured = self._capture.read()
+        if captured is None:
+            return self.log.tip
+        failpoints.reach("writer.committed")
+        self.database.sync_wal()
+        failpoints.reach("writer.synced")
+        self._begin_generation(captured)
+        ref, data = log_captured(
+            self.log,
+            captured,
+            self._checksums,
+            cluster=self._cluster,
+            term=self.term,
+            now_ms=self._now_ms(),
+            acked=self.watermarks.acked,
+            tokens=tokens,
+        )
+        failpoints.reach("writer.logged")
+        tip = self.log.tip
+        self.group_frames = captured.until.frame - captured.since.frame
+        self.watermarks.captured = tip.position
+        self._capture.advance(captured)
+        self.watermarks.durable = tip.position
+        self._on_frame(ref, data)
+        if self._guard.on_file:
+            self._guard.advance()
+        return tip
+
+    def checkpoint_if_due(self) -> bool:
+        """Copy the -wal back and let the next writer reuse it, once it has grown enough. True when it was done."""
+        frames = self.database.index.header().mx_frame
+        size_bytes = frames * (FRAME_HEADER_SIZE + self.database.page_size)
+        if size_bytes < max(CHECKPOINT_BYTES, self._attempt_after_bytes):
+            return False
+        done = self.checkpoint()
+        # A long reader can hold the reset back; do not pay for an attempt after every group meanwhile.
+        self._attempt_after_bytes = 0 if done else size_bytes + CHECKPOINT_BYTES
+        return done
+
+    def checkpoint(self) -> bool:
+        """One full checkpoint in the order that R7 asks for. False when a reader or a foreign writer is in the way."""
+        self.commit_group()
+        tip = self.log.sync()
+        failpoints.reach("checkpoint.log_synced")
+        holder = self.database.holder
+        holder.set_busy_timeout(0)  # waiting while parked on a read mark could stall every writer (engine.md 8)
+        try:
+            with holding_write(holder):
+                header = self.database.index.header()
+                if self._capture.behind(header):
+                    return False  # a foreign commit slipped in; it is captured first
+                self._state.update(next_base=tip.position.txid)
+                failpoints.reach("checkpoint.state_written")
+                self._guard.advance()
+                passive(self._checkpointer)
+                failpoints.reach("checkpoint.wal_backfilled")
+                if self.database.index.checkpoint_info().n_backfill < header.mx_frame:
+                    return False
+                self._guard.advance()
+        except apsw.BusyError:
+            return False
+        finally:
+            holder.set_busy_timeout(2000)
+        if self.database.wal_size_bytes() > WAL_LIMIT_BYTES:
+            truncate(self._checkpointer, 20)
+        self._marks.save_if_due(tip, self._checksums)
+        return True
+
+    def pin_snapshot(self, complete_since_ms: int = 0) -> tuple[SnapshotHeader, Snapshot]:
+        """Pin the database at exactly the log's tip. Raises Unavailable when foreign writers do not pause."""
+        for _ in range(_PIN_TRIES):
+            self.commit_group()
+            with holding_write(self.database.holder):
+                if self._capture.behind(self.database.index.header()):
+                    continue
+                snapshot = Snapshot.pin(self.database)
+            tip = self.log.tip
+            header = SnapshotHeader(
+                cluster=self._cluster,
+                database=1,
+                position=tip.position,
+                checksum=tip.checksum,
+                commit=tip.commit,
+                page_size=self.database.page_size,
+                time_ms=self._now_ms(),
+                complete_since_ms=complete_since_ms,
+            )
+            return header, snapshot
+        raise Unavailable("foreign writers left no moment to pin a snapshot; nothing was sent, ask again")
+
+    def close(self) -> None:
+        """Let go of the -wal's past in order: everything logged and synced, `next_base` durable, then the guard.
+
+        The last connection to close empties the -wal; a restart counts the next generation from `next_base`.
+        """
+        self.commit_group()
+        tip = self.log.sync()
+        self._state.update(next_base=tip.position.txid)
+        self._marks.save(tip, self._checksums)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close this side's connections without a promise about their state: after a failure."""
+        self._guard.close()
+        self._checkpointer.close(True)
+
+    def settled(self) -> bool:
+        """True iff every commit visible to a reader right now is captured. May be called from any thread."""
+        return not self._capture.behind(self.database.index.header())
+
+    def _begin_generation(self, captured: Captured) -> None:
+        """The first frames of a generation: what they are counted from becomes durable before the log moves past
+        `next_base` (R7)."""
+        base = self._state.state.base
+        since = captured.since
+        if since.frame or (base is not None and base.salts == since.salts):
+            return
+        txid = self.log.tip.position.txid
+        self._state.update(base=WalBase(txid, since.salts, 0, since.checksum), next_base=None)
+        failpoints.reach("generation.based")
+
+
+def log_captured(
+    log: Log,
+    captured: Captured,
+    checksums: PageChecksums,
+    *,
+    cluster: bytes,
+    term: int,
+    now_ms: int,
+    acked: Position,
+    tokens: tuple[CommitToken, ...] = (),
+    flags: FrameFlags = FrameFlags(0),
+) -> tuple[FrameRef, bytes | None]:
+    """Pack `captured` as the frame after the log's tip and append it; `checksums` moves along.
+
+    Returns the frame's place and, when it is small, its bytes. Memory stays bounded for any size (R6).
+    """
+    previous = log.tip
+    first, last = previous.position.txid + 1, previous.position.txid + captured.commits
+    rolling = checksums.apply(captured.pages(), captured.commit)
+    header = FrameHeader(
+        flags=flags,
+        cluster=cluster,
+        database=1,
+        term=term,
+        min_txid=first,
+        max_txid=last,
+        previous=previous.position,
+        previous_checksum=previous.checksum,
+        checksum=rolling,
+        commit=captured.commit,
+        page_size=captured.database.page_size,
+        time_ms=max(now_ms, log.last_time_ms),
+        acked=acked,
+        tokens=tokens,
+    )
+    payload = ltx.LtxHeader(
+        page_size=header.page_size,
+        commit=header.commit,
+        min_txid=first,
+        max_txid=last,
+        timestamp_ms=header.time_ms,
+        wal_offset=captured.offset_bytes,
+        wal_size=captured.size_bytes,
+        salt1=captured.until.salts[0],
+        salt2=captured.until.salts[1],
+    )
+    if captured.data is not None:
+        data = encode_frame(header, ltx.encode(payload, captured.pages(), previous_commit=previous.commit))
+        return log.append(header, data), data
+    encoder, frame = ltx.LtxEncoder(payload, previous_commit=previous.commit), FrameEncoder(header)
+    appender = log.begin(header)
+    try:
+        appender.write(frame.header_record())
+        appender.write(frame.part(encoder.header_bytes()))
+        for pgno, page in captured.pages():
+            appender.write(frame.part(encoder.page(pgno, page)))
+        appender.write(frame.part(encoder.finish()))
+        appender.write(frame.end())
+    except BaseException:
+        appender.abort()
+        raise
+    return appender.commit(), None

@@ -1,0 +1,98 @@
+"""Marks: from where a restart must replay, and the page checksums of that position (R8).
+
+A mark says: everything up to this tip is durable in the database file and its -wal. The array of page checksums is
+saved in a file named after the position, before the state record names it; so the pair changes atomically.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from walship.engine import failpoints
+from walship.engine.durable_state import StateFile
+from walship.errors import CorruptData, StorageFailed
+from walship.formats.checksum import PageChecksums
+from walship.formats.position import Tip
+
+__all__ = ["Marks"]
+
+_EVERY_BYTES = 64 << 20  # log bytes between marks: what a restart replays at most, about a second's work
+
+
+class Marks:
+    """The mark of one node: `save` it, `load` it at start. `log_bytes` reads how much was ever appended to the log."""
+
+    def __init__(self, directory: Path, state: StateFile) -> None:
+        self._directory = directory
+        self._state = state
+        self._bytes_since = 0
+
+    @property
+    def tip(self) -> Tip | None:
+        return self._state.state.mark
+
+    def appended(self, size_bytes: int) -> None:
+        """Count log bytes since the last mark."""
+        self._bytes_since += size_bytes
+
+    def due(self) -> bool:
+        return self._bytes_since >= _EVERY_BYTES
+
+    def save_if_due(self, tip: Tip, checksums: PageChecksums) -> None:
+        if self.due():
+            self.save(tip, checksums)
+
+    def save(self, tip: Tip, checksums: PageChecksums) -> None:
+        """Mark `tip`, whose page checksums are `checksums`. The database's -wal must be synced through it.
+
+        Raises StorageFailed; the old mark stands then.
+        """
+        if tip == self.tip:
+            return
+        if checksums.rolling != tip.checksum:
+            raise AssertionError(f"the array is at {checksums.rolling:016x}, not at {tip}")
+        path = self._path(tip)
+        temporary = path.with_suffix(".tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(checksums.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            _sync_directory(self._directory)
+        except OSError as error:
+            raise StorageFailed(
+                f"{temporary}: cannot save the page checksums ({error.strerror}). The last mark stands, "
+                "nothing acknowledged is lost; free disk space."
+            ) from error
+        old = self.tip
+        self._state.update(mark=tip)
+        failpoints.reach("follower.marked")
+        self._bytes_since = 0
+        if old is not None and old.position != tip.position:
+            with contextlib.suppress(FileNotFoundError):
+                self._path(old).unlink()
+
+    def load(self) -> PageChecksums | None:
+        """The array at the mark; None when it is missing, damaged or contradicts the mark (then scan)."""
+        tip = self.tip
+        if tip is None:
+            return None
+        try:
+            checksums = PageChecksums.parse(self._path(tip).read_bytes())
+        except (FileNotFoundError, CorruptData):
+            return None
+        return checksums if checksums.rolling == tip.checksum else None
+
+    def _path(self, tip: Tip) -> Path:
+        return self._directory / f"checksums-{tip.position}"
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

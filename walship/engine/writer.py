@@ -1,0 +1,522 @@
+"""The writer: one thread that runs every write of the leader, in groups that share one fdatasync.
+
+Each job is its own SQLite transaction with synchronous=NORMAL (R20); the group is made durable and logged together,
+and only then is anybody answered, after the acknowledgment rule (design.md 4). A group is whatever has queued when
+the thread comes back; there is no timer, so a single client pays no delay.
+
+An interactive transaction takes the write turn in the same queue, FIFO, and runs on its own connection while the
+thread waits for its end (R21). So SQLite's busy handler never decides who is next.
+
+Warnings: a job is never cancelled once it is queued; a caller that goes away just does not hear the answer. After
+StorageFailed or CorruptWal the thread ends and `failed` is set: the process must end and recount (R2, R5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import apsw
+
+from walship.engine import failpoints
+from walship.engine.acks import AckTracker
+from walship.engine.leader import Leader
+from walship.errors import Draining, OutcomeUnknown, Overloaded, WalshipError
+from walship.formats.position import Position
+
+__all__ = ["Done", "Turn", "Writer", "WriterLimits", "WriterStatistics"]
+
+_log = logging.getLogger("walship.engine")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class WriterLimits:
+    """Bounds of the writer (R14, R21).
+
+    admission_wait_seconds: how long a write waits for room before it is refused as not done.
+    ack_timeout_seconds: after this a durable commit without enough acknowledgments is reported as outcome unknown.
+    foreign_poll_seconds: an idle writer looks this often for commits of other programs.
+    """
+
+    queued_jobs: int = 4096
+    group_jobs: int = 512
+    unacked_bytes: int = 16 << 20
+    unacked_groups: int = 10_000
+    ack_stall_seconds: float = 0.25
+    admission_wait_seconds: float = 5.0
+    ack_timeout_seconds: float = 10.0
+    turn_idle_seconds: float = 5.0
+    turn_seconds: float = 30.0
+    foreign_poll_seconds: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """What a job returned and the position that covers it: the end of its group, also when it wrote nothing."""
+
+    value: T
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class WriterStatistics:
+    jobs: int
+    groups: int
+    queued: int
+    unacked_bytes: int
+    turns: int
+    turns_expired: int
+    failed: str | None
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    run: Callable[[apsw.Connection], Any]
+    future: asyncio.Future[Done[Any]]
+    ack: int | None
+    value: Any = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """A group that is durable here and waits for acknowledgments."""
+
+    position: Position
+    size_bytes: int
+    jobs: list[_Job]
+    timer: asyncio.TimerHandle | None = None
+
+
+class Turn:
+    """The write turn of one interactive transaction. Release it after COMMIT or ROLLBACK, always.
+
+    expired: the turn was taken away; the holder must roll back and release. `on_expire`, when set, is called on the
+    loop at that moment.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._released = threading.Event()
+        self._busy = 0
+        self._last_used = time.monotonic()
+        self.granted: asyncio.Future[None] = writer.loop.create_future()
+        self.finished: asyncio.Future[Done[Any]] = writer.loop.create_future()
+        self.expired = False
+        self.on_expire: Callable[[], None] | None = None
+
+    def begin_statement(self) -> None:
+        """A statement of the transaction runs: the turn is not idle. Pair with `end_statement`."""
+        self._busy += 1
+
+    def end_statement(self) -> None:
+        self._busy -= 1
+        self._last_used = time.monotonic()
+
+    async def release(self) -> Position:
+        """Give the turn back. Returns the position that covers what was committed, once it is acknowledged.
+
+        Raises OutcomeUnknown when the acknowledgments did not come in time.
+        """
+        self._released.set()
+        done = await asyncio.shield(self.finished)
+        return done.position
+
+    def _hold(self, limits: WriterLimits, *, waiting: Callable[[], bool]) -> None:
+        """Writer thread: wait until released, and call the turn in when it is over its limits (R21)."""
+        start = time.monotonic()
+        while not self._released.wait(0.05 if waiting() else 0.5):
+            now = time.monotonic()
+            idle = self._busy == 0 and now - self._last_used > limits.turn_idle_seconds and waiting()
+            if (idle or now - start > limits.turn_seconds) and not self.expired:
+                self.expired = True
+                self._writer.call_soon(self._call_in)
+
+    def _call_in(self) -> None:
+        if self.on_expire is not None:
+            self.on_expire()
+
+
+@dataclass(slots=True)
+class _Counters:
+    jobs: int = 0
+    groups: int = 0
+    turns: int = 0
+    turns_expired: int = 0
+    captures_begun: int = 0
+    captures_done: int = 0
+    settling: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
+
+
+class Writer:
+    """The leader's writer. Create and `start` it on the event loop; `stop` drains it.
+
+    on_failure: called on the loop when the thread had to end; nothing more will be acknowledged.
+    """
+
+    def __init__(
+        self,
+        leader: Leader,
+        acks: AckTracker,
+        *,
+        limits: WriterLimits = WriterLimits(),
+        on_failure: Callable[[BaseException], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._leader = leader
+        self._acks = acks
+        self._limits = limits
+        self._on_failure = on_failure
+        self._clock = clock
+        self._queue: queue.SimpleQueue[_Job | Turn | Callable[[], None] | None] = queue.SimpleQueue()
+        self._queued = 0
+        self._unacked: deque[_Group] = deque()
+        self._unacked_bytes = 0
+        self._acked_at = 0.0
+        self._room = asyncio.Event()
+        self._counters = _Counters()
+        self._draining = False
+        self.failed: BaseException | None = None
+        self._stopped: asyncio.Future[None] | None = None
+        self._thread = threading.Thread(target=self._main, name="walship-writer", daemon=True)
+        self.loop: asyncio.AbstractEventLoop
+
+    def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._stopped = self.loop.create_future()
+        self._unsubscribe = self._leader.watermarks.on_change(self._on_acked)
+        self._thread.start()
+
+    async def submit(self, job: Callable[[apsw.Connection], T], *, ack: int | None = None) -> Done[T]:
+        """Run `job` on the writer's connection, in autocommit; return after durability and the acknowledgment rule.
+
+        `ack` overrides the cluster's number of acknowledgments for this answer. Raises what the job raised;
+        Overloaded or Draining before it ran; OutcomeUnknown when it is durable here but not acknowledged in time, or
+        when the node failed meanwhile.
+        """
+        await self._admit()
+        item = _Job(job, self.loop.create_future(), ack)
+        self._put(item)
+        return await item.future
+
+    async def turn(self) -> Turn:
+        """Wait for the write turn, first come first served. Raises Overloaded or Draining without one."""
+        await self._admit()
+        turn = Turn(self)
+        self._put(turn)
+        try:
+            await turn.granted
+        except asyncio.CancelledError:
+            turn._released.set()  # granted or not, nobody will use it
+            raise
+        return turn
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Run `function` in the writer thread between two groups (to pin a snapshot, to checkpoint)."""
+        future: asyncio.Future[T] = self.loop.create_future()
+
+        def call() -> None:
+            try:
+                value = function()
+            except WalshipError as error:
+                self.call_soon(_fail, future, error)
+            else:
+                self.call_soon(_resolve, future, value)
+
+        self._put(call)
+        return await future
+
+    async def settle(self) -> Position:
+        """The position that covers everything a reader has been able to see so far (R17).
+
+        A commit is visible as soon as SQLite wrote it, a moment before it is captured; this waits for that moment.
+        """
+        if self._leader.settled():
+            return self._leader.watermarks.captured
+        ticket = self._counters.captures_begun
+        future: asyncio.Future[None] = self.loop.create_future()
+        self._counters.settling.append((ticket, future))
+        await future
+        return self._leader.watermarks.captured
+
+    async def stop(self) -> None:
+        """Refuse new work, finish what is queued, end the thread. Idempotent."""
+        self._draining = True
+        self._room.set()
+        if self._stopped is None:
+            return
+        if self._thread.is_alive():
+            self._queue.put(None)
+        await asyncio.shield(self._stopped)
+        self._unsubscribe()
+
+    def statistics(self) -> WriterStatistics:
+        c = self._counters
+        failed = str(self.failed) if self.failed else None
+        return WriterStatistics(c.jobs, c.groups, self._queued, self._unacked_bytes, c.turns, c.turns_expired, failed)
+
+    def call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """From the writer thread: call on the loop, unless it is gone."""
+        try:
+            self.loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            if not self.loop.is_closed():
+                raise
+
+    # --- on the loop ------------------------------------------------------------------------------------------
+
+    def _put(self, item: _Job | Turn | Callable[[], None]) -> None:
+        if self.failed is not None:
+            raise Draining(f"the writer has stopped ({self.failed}). This request was not run; send it again later.")
+        self._queued += 1
+        self._queue.put(item)
+
+    async def _admit(self) -> None:
+        """R14: refuse before BEGIN, typed as not done, when the followers or the queue cannot keep up."""
+        deadline: float | None = None
+        while not self._draining:
+            reason = self._full()
+            if reason is None:
+                return
+            now = self._clock()
+            deadline = deadline or now + self._limits.admission_wait_seconds
+            if now >= deadline:
+                raise Overloaded(f"{reason}. This write was not begun and changed nothing; send it again later.")
+            self._room.clear()
+            try:
+                async with asyncio.timeout(min(0.05, deadline - now)):
+                    await self._room.wait()
+            except TimeoutError:
+                continue
+        raise Draining("this node is shutting down. This request was not run; send it again.")
+
+    def _full(self) -> str | None:
+        limits = self._limits
+        if self._queued >= limits.queued_jobs:
+            return f"{self._queued} writes are queued already"
+        if self._unacked_bytes > limits.unacked_bytes or len(self._unacked) > limits.unacked_groups:
+            return f"{self._unacked_bytes} bytes in {len(self._unacked)} groups wait for acknowledgments of followers"
+        if self._unacked and self._clock() - self._acked_at > limits.ack_stall_seconds:
+            return f"no follower has acknowledged anything for {self._clock() - self._acked_at:.2f} s"
+        return None
+
+    def _group_done(self, position: Position, size_bytes: int, jobs: list[_Job], taken: int) -> None:
+        self._queued -= taken
+        self._settle_waiters()
+        needs_ack = [job for job in jobs if job.ack != 0]
+        for job in jobs:
+            if job.ack == 0:
+                _answer(job, position)
+        if not self._unacked:
+            self._acked_at = self._clock()
+        group = _Group(position, size_bytes, needs_ack)
+        self._unacked.append(group)
+        self._unacked_bytes += size_bytes
+        self._on_acked()
+        if group.jobs:
+            group.timer = self.loop.call_later(self._limits.ack_timeout_seconds, self._ack_timed_out, group)
+
+    def _on_acked(self) -> None:
+        """Answer every group that the acknowledgment rule covers now."""
+        acked = self._leader.watermarks.acked
+        durable = self._leader.watermarks.durable
+        progressed = False
+        while self._unacked and _reached(acked, self._unacked[0].position):
+            group = self._unacked.popleft()
+            self._unacked_bytes -= group.size_bytes
+            progressed = True
+            stricter = []
+            for job in group.jobs:
+                if job.ack is None or _reached(self._acks.covered(durable, job.ack), group.position):
+                    _answer(job, group.position)
+                else:
+                    stricter.append(job)
+            group.jobs = stricter
+            if stricter:
+                self._await_stricter(group)
+            elif group.timer is not None:
+                group.timer.cancel()
+        if progressed:
+            failpoints.reach("writer.acked")
+            self._acked_at = self._clock()
+            self._room.set()
+
+    def _await_stricter(self, group: _Group) -> None:
+        """Jobs that asked for more acknowledgments than the cluster's rule: look again until they have them."""
+        durable = self._leader.watermarks.durable
+        remaining = []
+        for job in group.jobs:
+            if job.ack is not None and _reached(self._acks.covered(durable, job.ack), group.position):
+                _answer(job, group.position)
+            elif not job.future.done():
+                remaining.append(job)
+        group.jobs = remaining
+        if remaining:
+            self.loop.call_later(0.005, self._await_stricter, group)
+
+    def _ack_timed_out(self, group: _Group) -> None:
+        seconds = self._limits.ack_timeout_seconds
+        for job in group.jobs:
+            _fail(
+                job.future,
+                OutcomeUnknown(
+                    f"the write is durable on the leader at {group.position}, but not enough followers confirmed it "
+                    f"within {seconds:g} s. It is not lost while the leader's disk lives; look before sending it again."
+                ),
+            )
+        group.jobs = []
+
+    def _settle_waiters(self) -> None:
+        waiting, self._counters.settling = self._counters.settling, []
+        for ticket, future in waiting:
+            if self._counters.captures_done > ticket:
+                _resolve(future, None)
+            else:
+                self._counters.settling.append((ticket, future))
+
+    def _end(self, error: BaseException | None, lost: list[_Job]) -> None:
+        """The thread has ended: nobody may wait for it any longer."""
+        unknown = OutcomeUnknown(
+            "the node stopped while the write was being made durable. It may or may not have happened; "
+            "look before sending it again."
+        )
+        for job in lost:
+            _fail(job.future, unknown)
+        if error is not None:
+            self.failed = error
+            self._on_failure(error)
+            while True:
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                refused = Draining(f"the node stopped ({error}). This request was not run; send it again later.")
+                if isinstance(item, _Job):
+                    _fail(item.future, refused)
+                elif isinstance(item, Turn):
+                    _fail(item.granted, refused)
+        for _, future in self._counters.settling:
+            _resolve(future, None)
+        self._counters.settling.clear()
+        if self._stopped is not None:
+            _resolve(self._stopped, None)
+
+    # --- in the writer thread ---------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        connection = self._leader.database.connect_writer()
+        running: list[_Job] = []
+        try:
+            while self._step(connection, running):
+                running.clear()
+        except BaseException as error:  # noqa: BLE001 - handed to the owner, who ends the process
+            _log.error("writer failed error=%r", error)
+            self.call_soon(self._end, error, list(running))
+        else:
+            self.call_soon(self._end, None, [])
+        finally:
+            connection.close(True)
+
+    def _step(self, connection: apsw.Connection, running: list[_Job]) -> bool:
+        """One group, one turn, or one look for foreign commits. False when the thread shall end."""
+        try:
+            item = self._queue.get(timeout=self._limits.foreign_poll_seconds)
+        except queue.Empty:
+            self._finish([], 0)
+            return True
+        taken = 0
+        while True:
+            if item is None:
+                self._finish(running, taken)
+                return False
+            taken += 1
+            if isinstance(item, _Job):
+                _run(item, connection)
+                running.append(item)
+            else:
+                self._finish(running, taken - 1)
+                running.clear()
+                taken = 0
+                self._run_alone(item)
+            if len(running) >= self._limits.group_jobs:
+                break
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+        self._finish(running, taken)
+        return True
+
+    def _run_alone(self, item: Turn | Callable[[], None]) -> None:
+        if not isinstance(item, Turn):
+            item()
+            self.call_soon(self._group_done, self._leader.tip.position, 0, [], 1)
+            return
+        self._counters.turns += 1
+        self.call_soon(_resolve, item.granted, None)
+        item._hold(self._limits, waiting=lambda: not self._queue.empty())
+        self._counters.turns_expired += item.expired
+        self._finish([_Job(_nothing, item.finished, None)], 1)
+
+    def _finish(self, jobs: list[_Job], taken: int) -> None:
+        """Make the group durable and hand it to the loop."""
+        before = self._leader.tip
+        self._counters.captures_begun += 1
+        tip = self._leader.commit_group()
+        self._counters.captures_done = self._counters.captures_begun
+        if not jobs and not taken and tip == before and not self._counters.settling:
+            return
+        self._counters.jobs += len(jobs)
+        self._counters.groups += bool(jobs)
+        size_bytes = 0
+        if tip != before:
+            size_bytes = self._leader.group_frames * (self._leader.database.page_size + 24)
+        self.call_soon(self._group_done, tip.position, size_bytes, list(jobs), taken)
+        self._leader.checkpoint_if_due()
+
+
+def _run(job: _Job, connection: apsw.Connection) -> None:
+    """Run one job as its own transaction. What it leaves open is rolled back: the connection is shared."""
+    try:
+        job.value = job.run(connection)
+    except Exception as error:  # noqa: BLE001 - the caller's error, delivered to the caller
+        job.error = error
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
+        if job.error is None:
+            job.error = AssertionError("a writer job ended inside a transaction; it was rolled back")
+
+
+def _nothing(_connection: apsw.Connection) -> None:
+    return None
+
+
+def _answer(job: _Job, position: Position) -> None:
+    if job.error is not None:
+        _fail(job.future, job.error)
+    else:
+        _resolve(job.future, Done(job.value, position))
+
+
+def _resolve(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _reached(have: Position, want: Position) -> bool:
+    """Both are of this leader's own term or of its start, where (term, txid) order is the order of history."""
+    return (have.term, have.txid) >= (want.term, want.txid)
