@@ -1,0 +1,283 @@
+"""The commands, their flags and their help. Every flag is a key of config.py; a test compares the two.
+
+Flags arrive here as text or None and are judged by config.py, so that a flag, an environment variable and a key of
+the file mean the same and fail with the same words. Heavy parts are imported by the command that runs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+import walship
+from walship.cli import output
+from walship.config import NodeConfig, ProxyConfig, StatusConfig, UpConfig, build
+from walship.errors import UsageError, WalshipError
+
+__all__ = ["app", "run"]
+
+# Click's own base error. Newer typers carry a click of their own, so it is found through what typer exports.
+_CommandLineError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig)
+
+app = typer.Typer(
+    name="walship",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "One SQLite database, a small cluster: a leader ships its WAL frames to followers, a proxy speaks libSQL.\n\n"
+        "Start with [bold]walship up[/bold]: it needs nothing else.\n\n"
+        "Each flag is also WALSHIP_<FLAG> in the environment, and a key of the command's table in a TOML file given "
+        "with --config. Exit codes: 0 ok, 1 runtime failure, 2 usage or configuration."
+    ),
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML file with a table per command.")
+]
+Text = str | None
+Flag = bool | None
+
+
+def _option(flag: str, metavar: str, words: str) -> Any:
+    return typer.Option(f"--{flag}", metavar=metavar, help=words)
+
+
+_CLUSTER = _option("cluster", "URL", "Where the cluster's records are: file:///DIRECTORY, the same for all parts.")
+_ADVERTISE = _option("advertise", "URL", "How others reach this process. Default: the address it listens on.")
+_DRAIN = _option("drain-seconds", "S", "Time to finish running requests when stopped. Default 10.")
+_LEVEL = _option("log-level", "LEVEL", "debug, info, warning or error. Default info.")
+_BODY = _option("body-max", "SIZE", "Largest request body. Default 16MiB.")
+_LOG_MAX = _option("log-max", "SIZE", "Most bytes of log a node keeps for followers that were away. Default 1GiB.")
+_JSON = _option("json", "", "One line of JSON, shaped as /status, instead of words.")
+
+
+def _build(kind: type[C], config_file: Path | None, **flags: object) -> C:
+    given = {name.replace("_", "-"): value for name, value in flags.items()}
+    return build(kind, given, environ=os.environ, config_file=config_file)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    if version:
+        output.line(f"walship {walship.__version__}")
+        raise typer.Exit(0)
+    if context.invoked_subcommand is None:
+        output.line(context.get_help())
+        raise typer.Exit(UsageError.exit_code)
+
+
+@app.command(
+    help=(
+        "A whole cluster on this machine: a leader, followers and a proxy under one parent.\n\n"
+        "Give an ordinary SQLite file as DATABASE and it becomes the leader's database, in place; it is checked "
+        "first, and not touched when it cannot be used. Without it a new database is made under --data. Run the "
+        "same command again and the cluster resumes. Ctrl-C stops everything cleanly."
+    ),
+    epilog=(
+        "Examples:\n\n"
+        "  walship up\n\n"
+        "  walship up app.db --followers 2 --listen 127.0.0.1:8080\n\n"
+        "  walship up --data /var/lib/walship --ack 0 --json"
+    ),
+)
+def up(
+    database: Annotated[str | None, typer.Argument(metavar="[DATABASE]", help="SQLite file to adopt.")] = None,
+    followers: Annotated[Text, _option("followers", "N", "Followers beside the leader. Default 2.")] = None,
+    listen: Annotated[Text, _option("listen", "H:P", "Where the proxy listens. Default 127.0.0.1:8080.")] = None,
+    data: Annotated[Text, _option("data", "DIR", "Where nodes, records and logs live. Default ./walship-data.")] = None,
+    ack: Annotated[
+        Text, _option("ack", "N", "Followers that must hold a commit on disk before it is acknowledged. Default 1.")
+    ] = None,
+    json: Annotated[Flag, _JSON] = None,
+    log_max: Annotated[Text, _LOG_MAX] = None,
+    ready_seconds: Annotated[Text, _option("ready-seconds", "S", "Give up if not healthy by then. Default 60.")] = None,
+    drain_seconds: Annotated[Text, _DRAIN] = None,
+    log_level: Annotated[Text, _LEVEL] = None,
+    config: ConfigFile = None,
+) -> int:
+    settings = _build(
+        UpConfig,
+        config,
+        database=database,
+        followers=followers,
+        listen=listen,
+        data=data,
+        ack=ack,
+        json=json or None,
+        log_max=log_max,
+        ready_seconds=ready_seconds,
+        drain_seconds=drain_seconds,
+        log_level=log_level,
+    )
+    from walship.cli import up as command
+
+    return command.run(settings)
+
+
+@app.command(
+    help=(
+        "One node: a directory with one database, its log and its state. Its role comes from the cluster's records.\n\n"
+        "The first node of a new cluster is started with --init and leads; all others only name the cluster. When it "
+        "is ready it prints one line of JSON with its URL."
+    ),
+    epilog=(
+        "Examples:\n\n"
+        "  walship node --name a --data /srv/a --listen 127.0.0.1:9001 --cluster file:///srv/store "
+        "--init --voters a,b,c --ack 1\n\n"
+        "  walship node --name b --data /srv/b --listen 127.0.0.1:9002 --cluster file:///srv/store"
+    ),
+)
+def node(
+    name: Annotated[Text, _option("name", "NAME", "Name of this node, unique in the cluster.")] = None,
+    data: Annotated[Text, _option("data", "DIR", "Directory of this node.")] = None,
+    cluster: Annotated[Text, _CLUSTER] = None,
+    listen: Annotated[Text, _option("listen", "H:P", "Where it listens. Default 127.0.0.1 and any free port.")] = None,
+    advertise: Annotated[Text, _ADVERTISE] = None,
+    init: Annotated[Flag, _option("init", "", "Found the cluster if it has no record yet, and lead it.")] = None,
+    voters: Annotated[
+        Text, _option("voters", "NAMES", "With --init: all voters, separated by commas. Default: this node.")
+    ] = None,
+    ack: Annotated[
+        Text, _option("ack", "N", "With --init: follower acks a commit waits for. Default 1 if it can.")
+    ] = None,
+    database: Annotated[
+        Text, _option("database", "FILE", "SQLite file to adopt in place. Default: data.db under --data.")
+    ] = None,
+    priority: Annotated[Text, _option("priority", "P", "Preference in elections, higher first. Default 0.")] = None,
+    zone: Annotated[Text, _option("zone", "Z", "A label for where this node runs.")] = None,
+    replace_local: Annotated[
+        Flag,
+        _option("replace-local", "", "Move a database that is not the cluster's aside, then join. Deletes nothing."),
+    ] = None,
+    log_max: Annotated[Text, _LOG_MAX] = None,
+    log_keep_seconds: Annotated[
+        Text, _option("log-keep-seconds", "S", "Age up to which log is kept. Default 3600.")
+    ] = None,
+    wal_max: Annotated[Text, _option("wal-max", "SIZE", "Checkpoint before the -wal is larger. Default 64MiB.")] = None,
+    body_max: Annotated[Text, _BODY] = None,
+    drain_seconds: Annotated[Text, _DRAIN] = None,
+    log_level: Annotated[Text, _LEVEL] = None,
+    config: ConfigFile = None,
+) -> int:
+    settings = _build(
+        NodeConfig,
+        config,
+        name=name,
+        data=data,
+        cluster=cluster,
+        listen=listen,
+        advertise=advertise,
+        init=init or None,
+        voters=voters,
+        ack=ack,
+        database=database,
+        priority=priority,
+        zone=zone,
+        replace_local=replace_local or None,
+        log_max=log_max,
+        log_keep_seconds=log_keep_seconds,
+        wal_max=wal_max,
+        body_max=body_max,
+        drain_seconds=drain_seconds,
+        log_level=log_level,
+    )
+    from walship.cli import part
+
+    return part.run_node(settings)
+
+
+@app.command(
+    help=(
+        "One proxy: clients connect here with any libSQL client. It sends writes to the leader and reads to followers "
+        "that are fresh enough."
+    ),
+    epilog="Example:\n\n  walship proxy --listen 0.0.0.0:8080 --cluster file:///srv/store",
+)
+def proxy(
+    cluster: Annotated[Text, _CLUSTER] = None,
+    name: Annotated[Text, _option("name", "NAME", "Name of this proxy in logs and replies. Default proxy.")] = None,
+    listen: Annotated[Text, _option("listen", "H:P", "Where clients connect. Default 127.0.0.1:8080.")] = None,
+    advertise: Annotated[Text, _ADVERTISE] = None,
+    wait_seconds: Annotated[
+        Text, _option("wait-seconds", "S", "Longest wait for a follower to catch up with a read. Default 0.05.")
+    ] = None,
+    deadline_seconds: Annotated[
+        Text, _option("deadline-seconds", "S", "Longest time for a whole request. Default 10.")
+    ] = None,
+    body_max: Annotated[Text, _BODY] = None,
+    drain_seconds: Annotated[Text, _DRAIN] = None,
+    log_level: Annotated[Text, _LEVEL] = None,
+    config: ConfigFile = None,
+) -> int:
+    settings = _build(
+        ProxyConfig,
+        config,
+        cluster=cluster,
+        name=name,
+        listen=listen,
+        advertise=advertise,
+        wait_seconds=wait_seconds,
+        deadline_seconds=deadline_seconds,
+        body_max=body_max,
+        drain_seconds=drain_seconds,
+        log_level=log_level,
+    )
+    from walship.cli import part
+
+    return part.run_proxy(settings)
+
+
+@app.command(
+    help="Roles, terms, positions, lag and health, as a proxy or a node sees them.",
+    epilog=(
+        "Examples:\n\n"
+        "  walship status\n\n"
+        "  walship status http://127.0.0.1:8080 --watch\n\n"
+        "  walship status --json | jq .leader"
+    ),
+)
+def status(
+    url: Annotated[
+        Text, typer.Argument(metavar="[URL]", help="A proxy or node. Default http://127.0.0.1:8080.")
+    ] = None,
+    json: Annotated[Flag, _JSON] = None,
+    watch: Annotated[Flag, _option("watch", "", "Ask again every second until Ctrl-C.")] = None,
+    timeout_seconds: Annotated[Text, _option("timeout-seconds", "S", "Give up after this long. Default 5.")] = None,
+    config: ConfigFile = None,
+) -> int:
+    settings = _build(
+        StatusConfig, config, url=url, json=json or None, watch=watch or None, timeout_seconds=timeout_seconds
+    )
+    from walship.cli import status as command
+
+    return command.run(settings)
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run the command line; every expected failure becomes one paragraph on stderr and an exit code."""
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except WalshipError as error:
+        output.fail(str(error))
+        return error.exit_code
+    except _CommandLineError as error:
+        output.fail(f"{error.format_message()} (walship --help shows what there is)")
+        return UsageError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # `walship status | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0
