@@ -196,6 +196,20 @@ def test_every_damage_to_a_record_is_noticed() -> None:
             PageChecksums.parse(bad)
 
 
+def test_a_record_that_contradicts_itself_is_refused() -> None:
+    """A right CRC over a wrong rolling checksum: written by a broken program, not by a broken disk."""
+    body = bytearray(state_of({1: page(1)}).to_bytes()[:-8])
+    body[19] ^= 1
+    with pytest.raises(CorruptData, match="contradicts"):
+        PageChecksums.parse(body + (FLAG | crc64_bit_by_bit(bytes(body))).to_bytes(8, "big"))
+
+
+def test_a_state_reads_well_and_equals_no_stranger() -> None:
+    state = PageChecksums(PAGE_SIZE)
+    assert repr(state) == "<PageChecksums of 0 pages of 512 bytes, rolling 8000000000000000>"
+    assert state != "a string"
+
+
 @given(data=st.binary(max_size=100))
 def test_arbitrary_bytes_are_no_record(data: bytes) -> None:
     with pytest.raises(CorruptData):

@@ -335,6 +335,20 @@ def test_an_impossible_page_size_is_refused(size: int) -> None:
         WalHeader.new(size, 0, (1, 2))
 
 
+def test_headers_and_extents_read_well() -> None:
+    """An operator meets them in messages and logs."""
+    header = WalHeader.new(512, 3, (0xAB, 0xCD))
+    assert str(header) == "WAL of 512-byte pages, sequence 3, salts 000000ab-000000cd, little-endian"
+    assert str(WalFrameHeader(7, 0, 1, 2, (3, 4))) == "frame of page 7"
+    assert str(WalFrameHeader(7, 9, 1, 2, (3, 4))) == "frame of page 7, commit of 9 pages"
+    assert str(valid_frames(header, [])) == "0 intact frames, 0 commits, the last at frame 0"
+
+
+def test_a_cut_frame_header_is_refused() -> None:
+    with pytest.raises(CorruptWal, match="at offset 5, 20 are there"):
+        WalFrameHeader.parse(bytes(25), 5)
+
+
 PAGES = st.lists(st.tuples(st.integers(1, 0xFFFFFFFF), st.binary(min_size=512, max_size=512)), min_size=1, max_size=6)
 
 

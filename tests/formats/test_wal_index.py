@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from walship.errors import CorruptWalIndex
 from walship.formats.wal import WAL_HEADER_SIZE, WalFrameHeader, WalHeader, read_frames
+from walship.formats.wal_checksum import checksum_direct
 from walship.formats.wal_index import (
     BLOCK_SIZE,
     CHECKPOINT_OFFSET,
@@ -186,6 +187,18 @@ def test_an_uninitialised_header_is_refused() -> None:
     """All zeros have a right checksum, but no SQLite has been here."""
     with pytest.raises(CorruptWalIndex, match="not initialised"):
         WalIndexHeader.read(bytes(96))
+
+
+def test_a_header_of_another_version_is_refused() -> None:
+    body = struct.pack("=I", 3007001) + WalIndexHeader(3, False, 4096, 7, 9, (1, 2), (3, 4)).to_bytes()[4:40]
+    chain = checksum_direct(body, (0, 0), big_endian=sys.byteorder == "big")
+    with pytest.raises(CorruptWalIndex, match="version 3007001"):
+        WalIndexHeader.parse(body + struct.pack("=II", *chain))
+
+
+def test_header_reads_well() -> None:
+    header = WalIndexHeader(3, False, 4096, 7, 9, (1, 2), (3, 4))
+    assert str(header) == "wal-index at frame 7, 9 pages, salts 00000003-00000004, change 3"
 
 
 @given(data=st.binary(max_size=140))
