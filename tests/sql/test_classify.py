@@ -155,7 +155,7 @@ STATEMENTS = [
     "begin",
     "select '💥;' as é",
 ]
-BLANKS = ["", " ", "\n", "\t", "-- c;\n", "/* ; */", "/*'*/", "/**/", "/*/ ; */", " \v"]
+BLANKS = ["", " ", "\n", "\t", "-- c;\n", "/* ; */", "/*'*/", "/**/", "/*/ ; */"]
 
 
 def sqlite_split(connection: apsw.Connection, sql: str) -> list[str]:
