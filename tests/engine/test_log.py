@@ -2,101 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from log_frames import (
+    BASE,
+    LIMITS,
+    SMALL,
+    append,
+    fill,
+    flip,
+    header_after,
+    open_log,
+    payload_of,
+    positions,
+    segment_files,
+    start_term,
+)
 
-from walship.engine.log import FrameRef, Log, LogLimits
-from walship.engine.segment import Segment
-from walship.errors import CorruptLog, CorruptRecord, HistoryMismatch, LogTruncated, StorageFailed
+from walship.engine.log import Log
+from walship.errors import CorruptLog, CorruptRecord, HistoryMismatch, LogTruncated
 from walship.formats.checksum import FLAG
-from walship.formats.frame import PART_BYTES, FrameEncoder, FrameFlags, FrameHeader, encode_frame
-from walship.formats.position import Position, TermHistory, Tip
-
-CLUSTER = bytes(range(16))
-BASE = Tip(Position(1, 10), FLAG | 10, 2)
-LIMITS = LogLimits(max_bytes=1 << 30)
-SMALL = LogLimits(max_bytes=1 << 30, segment_bytes=2000)
-
-
-def open_log(directory: Path, limits: LogLimits = LIMITS, **more: object) -> Log:
-    return Log.open(directory / "log", cluster=CLUSTER, base=BASE, limits=limits, **more)  # type: ignore[arg-type]
-
-
-def header_after(tip: Tip, *, commits: int = 1, term: int | None = None, time_ms: int = 1000) -> FrameHeader:
-    previous = tip.position
-    term = previous.term if term is None else term
-    txid = previous.txid + commits
-    return FrameHeader(
-        flags=FrameFlags(0),
-        cluster=CLUSTER,
-        database=1,
-        term=term,
-        min_txid=previous.txid + 1,
-        max_txid=txid,
-        previous=previous,
-        previous_checksum=tip.checksum,
-        checksum=FLAG | (txid * 1000 + term),
-        commit=3,
-        page_size=4096,
-        time_ms=time_ms,
-        acked=Position(0, 0),
-    )
-
-
-def term_start_after(tip: Tip, term: int) -> FrameHeader:
-    return FrameHeader(
-        flags=FrameFlags.TERM_START,
-        cluster=CLUSTER,
-        database=1,
-        term=term,
-        min_txid=tip.position.txid + 1,
-        max_txid=tip.position.txid,
-        previous=tip.position,
-        previous_checksum=tip.checksum,
-        checksum=tip.checksum,
-        commit=tip.commit,
-        page_size=4096,
-        time_ms=1000,
-        acked=Position(0, 0),
-    )
-
-
-def payload_of(header: FrameHeader, size_bytes: int = 100) -> bytes:
-    return random.Random(header.max_txid).randbytes(size_bytes)
-
-
-def append(log: Log, *, size_bytes: int = 100, **more: int) -> FrameRef:
-    header = header_after(log.tip, **more)
-    return log.append(header, encode_frame(header, payload_of(header, size_bytes)))
-
-
-def start_term(log: Log, term: int) -> FrameRef:
-    header = term_start_after(log.tip, term)
-    return log.append(header, encode_frame(header))
-
-
-def fill(log: Log, frames: int, **more: int) -> list[FrameRef]:
-    return [append(log, **more) for _ in range(frames)]
-
-
-def segment_files(directory: Path) -> list[Path]:
-    return sorted((directory / "log").glob("*.seg"))
-
-
-def positions(log: Log, after: Position = BASE.position) -> list[Position]:
-    return [ref.header.position for ref in log.frames_after(after)]
-
+from walship.formats.frame import PART_BYTES, FrameEncoder, encode_frame
+from walship.formats.position import Position, Tip
 
 # --- appending and reading -------------------------------------------------------------------------------------------
 
@@ -229,21 +161,24 @@ def test_a_rotation_makes_the_full_segment_durable_first(tmp_path: Path) -> None
 
 def test_a_reader_in_another_thread_follows_appends_rotations_and_pruning(tmp_path: Path) -> None:
     log = open_log(tmp_path, SMALL)
-    total, seen, errors = 400, [], []
+    total = 400
+    seen: list[int] = []
+    errors: list[Exception] = []
     appended = threading.Condition()
 
+    def more() -> bool:
+        return len(seen) == total or log.tip.position.txid > BASE.position.txid + len(seen)
+
     def follow() -> None:
-        position = BASE.position
         try:
-            with log.pin(position) as pin:
+            with log.pin(BASE.position) as pin:
                 while len(seen) < total:
-                    for ref in log.frames_after(position):
+                    for ref in log.frames_after(pin.position):
                         assert log.payload(ref).read_at(0, 1000) == payload_of(ref.header)
-                        position = ref.header.position
-                        seen.append(position.txid)
-                        pin.move(position)
+                        seen.append(ref.header.max_txid)
+                        pin.move(ref.header.position)
                     with appended:
-                        if not appended.wait_for(lambda: log.tip.position != position or len(seen) == total, 10):
+                        if not appended.wait_for(more, 10):
                             raise TimeoutError
         except Exception as error:  # noqa: BLE001 - handed to the test's own thread
             errors.append(error)
@@ -439,11 +374,3 @@ def test_a_cut_or_a_flip_anywhere_leaves_a_prefix_or_is_reported(
     assert found == written[: len(found)]
     append(again)
     assert open_log(directory, SMALL).tip == again.tip
-
-
-def flip(path: Path, at: int, mask: int = 1) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ mask]))

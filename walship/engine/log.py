@@ -185,7 +185,9 @@ class Log:
         self._wall_clock_ms = wall_clock_ms
         self._segments = segments
         self._next_sequence = segments[-1].head.sequence + 1
-        self._head = (segments[-1], segments[-1].tip)
+        self._cluster = segments[-1].head.cluster
+        # The segment that grows (None once closed) and the tip, replaced together so that a sync sees a pair that fits.
+        self._head: tuple[Segment | None, Tip] = (segments[-1], segments[-1].tip)
         self._durable = segments[-1].tip
         self._terms = TermHistory(segments[-1].terms())
         self._recent: dict[Position, FrameRef] = {}
@@ -248,6 +250,7 @@ class Log:
         with self._lock:
             self._segments = ()
             self._recent = {}
+            self._head = (None, self._head[1])
 
     # --- where it stands --------------------------------------------------------------------------------------
 
@@ -278,7 +281,7 @@ class Log:
 
     @property
     def cluster(self) -> bytes:
-        return self._head[0].head.cluster
+        return self._cluster
 
     def terms(self) -> TermHistory:
         """A copy of what this log knows about where terms began."""
@@ -332,6 +335,8 @@ class Log:
         """
         with self._sync_lock:
             segment, tip = self._head
+            if segment is None:
+                raise ValueError("the log is closed")
             if self._failed is not None:
                 raise StorageFailed(self._failed)
             if tip != self._durable:
@@ -345,9 +350,9 @@ class Log:
             raise ValueError("another frame has begun and was neither committed nor aborted")
         if self._failed is not None:
             raise StorageFailed(self._failed)
-        if header.cluster != self.cluster:
+        if header.cluster != self._cluster:
             raise HistoryMismatch(
-                f"{header} belongs to cluster {header.cluster.hex()}, this log to {self.cluster.hex()}"
+                f"{header} belongs to cluster {header.cluster.hex()}, this log to {self._cluster.hex()}"
             )
         if header.previous != tip.position or header.previous_checksum != tip.checksum:
             raise HistoryMismatch(
@@ -355,9 +360,15 @@ class Log:
                 "Nothing was written"
             )
 
+    def _growing(self) -> Segment:
+        segment = self._head[0]
+        if segment is None:
+            raise ValueError("the log is closed")
+        return segment
+
     def _room(self, size_bytes: int) -> Segment:
         """The segment for the next frame, a new one when the last is full or was given up."""
-        segment = self._head[0]
+        segment = self._growing()
         full = segment.end >= self._limits.segment_bytes or segment.end + size_bytes > self._limits.segment_bytes
         if not self._rotate_next and not (segment.count and full):
             return segment
@@ -368,7 +379,7 @@ class Log:
     def _start_segment(
         self, flags: SegmentFlags, base: Tip, terms: tuple[tuple[int, int], ...], *, keep: tuple[Segment, ...]
     ) -> Segment:
-        head = SegmentHead(flags, self.cluster, self._next_sequence, base, self._wall_clock_ms(), terms)
+        head = SegmentHead(flags, self._cluster, self._next_sequence, base, self._wall_clock_ms(), terms)
         self._next_sequence += 1
         try:
             segment = Segment.create(self._directory, head)
@@ -608,6 +619,8 @@ class Log:
             segments = self._snapshot()
             index, frames = self._place(segments, position)
             if frames == segments[index].count and index == len(segments) - 1:
+                self._sync_descriptor(segments[index])
+                self._durable = self.tip
                 return
             kept = Segment.open(segments[index].path)
             damage = kept.verify()
