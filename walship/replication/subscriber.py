@@ -1,6 +1,6 @@
 """The follower's end of replication: finds the leader, stays connected, hands over what comes.
 
-One connection at a time, each an `Intake`. Whatever goes wrong ends the connection, is counted, and is tried again
+One connection at a time, each a `Receiver`. Whatever goes wrong ends the connection, is counted, and is tried again
 after a random pause; only a failed disk (StorageFailed) and cancellation end `run`.
 
 A mismatch of history is loud (`Sink.mismatch`) and makes the next hello ask for a snapshot. Nothing is given up for
@@ -18,8 +18,8 @@ from enum import StrEnum
 from typing import NoReturn
 
 from walship.errors import Fenced, HistoryMismatch, StorageFailed, Unavailable, WalshipError
-from walship.replication.intake import Identity, Intake, Seed, Sink, SubscriberLimits, Tally
 from walship.replication.messages import AckFlags
+from walship.replication.receiver import Identity, Receiver, Seed, Sink, SubscriberLimits, Tally
 from walship.replication.upgrade import connect
 
 __all__ = ["Identity", "Link", "Seed", "Sink", "Subscriber", "SubscriberLimits", "SubscriberStatistics"]
@@ -77,16 +77,16 @@ class Subscriber:
         self._uniform = uniform
         self._reseed: str | None = None
         self._connecting = False
-        self._intake: Intake | None = None
+        self._receiver: Receiver | None = None
         self._tally = Tally()
         self._url: str | None = None
         self._last_error: str | None = None
 
     @property
     def link(self) -> Link:
-        intake = self._intake
-        if intake is not None and (intake.is_streaming or intake.is_seeding):
-            return Link.STREAMING if intake.is_streaming else Link.SEEDING
+        receiver = self._receiver
+        if receiver is not None and (receiver.is_streaming or receiver.is_seeding):
+            return Link.STREAMING if receiver.is_streaming else Link.SEEDING
         return Link.CONNECTING if self._connecting else Link.SEARCHING
 
     def statistics(self) -> SubscriberStatistics:
@@ -154,7 +154,7 @@ class Subscriber:
             reader, writer = await connect(self._url, timeout_seconds=self._limits.connect_seconds)
         finally:
             self._connecting = False
-        self._intake = intake = Intake(
+        self._receiver = receiver = Receiver(
             self._sink,
             self._identity,
             reader,
@@ -165,9 +165,9 @@ class Subscriber:
             reseed=self._reseed,
         )
         try:
-            await intake.run()
+            await receiver.run()
         finally:
-            if intake.seeded:
+            if receiver.seeded:
                 self._reseed = None
-            self._intake = None
+            self._receiver = None
             writer.close()

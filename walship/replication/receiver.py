@@ -42,7 +42,7 @@ from walship.replication.protocol import (
 )
 from walship.replication.threads import in_thread
 
-__all__ = ["Identity", "Intake", "Seed", "Sink", "SubscriberLimits", "Tally"]
+__all__ = ["Identity", "Receiver", "Seed", "Sink", "SubscriberLimits", "Tally"]
 
 _READ_BYTES = 256 << 10
 _NOWHERE = Position(0, 0)
@@ -157,7 +157,7 @@ class Tally:
     received_bytes: int = 0
 
 
-class Intake:
+class Receiver:
     """One connection. Make one, `run` it once.
 
     Args:
