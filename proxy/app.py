@@ -1,0 +1,295 @@
+"""The proxy process: composition of its parts, the HTTP server around them, and an orderly end.
+
+Plan. One task group owns the node links, the sweeper of idle streams and the server. SIGTERM or SIGINT begin the end:
+`/health` says so and new work is refused (typed, not done); what runs is finished within `drain_seconds`; transactions
+still open are closed at their nodes; then the links go. Exit code 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from proxy.backends import Backends
+from proxy.consistency import Floors
+from proxy.dispatch import Dispatcher
+from proxy.front import CORS, Front
+from proxy.plan import Known
+from proxy.status import cluster_status, refresh_gauges
+from proxy.streams import Streams
+from walship import __version__
+from walship.config import ProxyConfig
+from walship.coordination.store import Store, open_store
+from walship.errors import CompareFailed, StoreUnavailable, UsageError
+from walship.hrana.http import ENDPOINTS, PROBES
+from walship.metrics import CONTENT_TYPE, ProxyMetrics
+
+__all__ = ["Proxy", "main", "run"]
+
+log = logging.getLogger("walship.proxy")
+
+BATON_KEY = "proxies/baton-key"
+SWEEP_SECONDS = 1.0
+BACKLOG = 2048
+
+_PREFLIGHT = [
+    *CORS,
+    (b"access-control-allow-methods", b"*"),
+    (b"access-control-allow-headers", b"*"),
+    (b"access-control-max-age", b"86400"),
+    (b"content-length", b"0"),
+]
+
+
+class Proxy:
+    """Everything of one proxy but the socket. Make it on its loop; `run` must be running while it serves."""
+
+    def __init__(
+        self, config: ProxyConfig, store: Store, *, baton_key: bytes, rng: random.Random | None = None
+    ) -> None:
+        rng = rng or random.Random()
+        self.config, self.url = config, ""
+        self.metrics = ProxyMetrics()
+        self.floors = Floors()
+        self.streams = Streams(baton_key, rng)
+        self._clock = asyncio.get_running_loop().time
+        self.backends = Backends(store, self.floors, rng=rng, clock=self._clock, on_lost=self.streams.drop_connection)
+        self.dispatcher = Dispatcher(
+            self.backends,
+            self.floors,
+            rng=rng,
+            wait_seconds=config.wait_seconds,
+            deadline_seconds=config.deadline_seconds,
+            metrics=self.metrics,
+        )
+        self.front = Front(
+            streams=self.streams,
+            dispatcher=self.dispatcher,
+            metrics=self.metrics,
+            known=self._known,
+            body_max_bytes=config.body_max_bytes,
+        )
+        self._others: ASGIApp = Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/version", self._version),
+                Route("/status", self._status),
+                Route("/metrics", self._metrics),
+                *[Route(path, _probe(text)) for path, text in PROBES.items()],
+            ],
+            exception_handlers={404: _not_found},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application: Hrana first, everything else by starlette."""
+        if scope["type"] == "http":
+            if scope["method"] == "POST" and scope["path"] in ENDPOINTS:
+                await self.front(scope, receive, send)
+                return
+            if scope["method"] == "OPTIONS":
+                await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT})
+                await send({"type": "http.response.body", "body": b""})
+                return
+        await self._others(scope, receive, send)
+
+    async def run(self) -> None:
+        """Links and sweeper; ends only by cancellation."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.backends.run(), name="backends")
+            tasks.create_task(self._sweep(), name="sweep streams")
+
+    async def close_streams(self) -> None:
+        """Close every node stream this proxy still holds, so that no write turn waits for its timer."""
+        self.front.orphaned_pins.extend(self.streams.pins())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._close_orphans()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.front.orphaned_pins.extend(self.streams.sweep(self._clock()))
+            await self._close_orphans()
+
+    async def _close_orphans(self) -> None:
+        pins = self.front.orphaned_pins
+        while pins:
+            await self.dispatcher.close_pin(pins.popleft())
+
+    # --- what the proxy says of itself ------------------------------------------------------------------------
+
+    def status(self) -> dict[str, object]:
+        """The JSON of `/status`."""
+        config = self.config
+        proxy: dict[str, object] = {
+            "name": config.name,
+            "url": config.advertise or self.url,
+            "version": __version__,
+            "position": str(self.floors.position),
+            "streams": len(self.streams),
+            "draining": self.front.draining,
+        }
+        return cluster_status(self.backends, cluster=self.backends.cluster_record, proxy=proxy, clock=self._clock)
+
+    def _known(self) -> Known:
+        cluster = self.backends.cluster_record
+        return Known(
+            position=lambda: str(self.floors.position),
+            status=lambda: msgspec.json.encode(self.status()).decode(),
+            default_ack=None if cluster is None else cluster.acks,
+        )
+
+    @property
+    def serving(self) -> bool:
+        """True while a read could be answered: some node is there, and we are not on our way out."""
+        return not self.front.draining and any(backend.usable for backend in self.backends)
+
+    async def _health(self, request: Request) -> Response:
+        return Response(status_code=200 if self.serving else 503)
+
+    async def _version(self, request: Request) -> Response:
+        return PlainTextResponse(f"walship {__version__}")
+
+    async def _status(self, request: Request) -> Response:
+        return JSONResponse(self.status(), headers={"access-control-allow-origin": "*"})
+
+    async def _metrics(self, request: Request) -> Response:
+        refresh_gauges(self.metrics, self.backends, self.streams, self._clock())
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+
+
+async def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `on_ready` gets the URL really bound.
+
+    Raises UsageError when the address cannot be bound or the cluster URL is wrong, StoreUnavailable when the store does
+    not answer at the start.
+    """
+    store = open_store(config.cluster_url)
+    try:
+        listener = _listen(config.listen_host, config.listen_port)
+        with contextlib.closing(listener):
+            proxy = Proxy(config, store, baton_key=await _baton_key(store))
+            host, port = listener.getsockname()[:2]
+            proxy.url = f"http://{host}:{port}"
+            async with _background(proxy):
+                await _serve(proxy, listener, on_ready)
+                await proxy.close_streams()
+    finally:
+        await store.close()
+
+
+def main(config: ProxyConfig) -> int:
+    """`run` on uvloop, for the command line. Returns the exit code."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run(config))
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def _background(proxy: Proxy) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(proxy.run(), name="proxy")
+        try:
+            yield
+        finally:
+            running.cancel()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: it would raise the signal again at the end, and the exit code is 0 here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str], None] | None) -> None:
+    config = uvicorn.Config(
+        proxy,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=75,  # longer than the idle pools of common HTTP clients, so that they close first
+        timeout_graceful_shutdown=int(proxy.config.drain_seconds),
+    )
+    server = _Server(config)
+
+    def stop(number: signal.Signals) -> None:
+        log.info("drain signal=%s", number.name)
+        proxy.front.draining = True
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    handled = (signal.SIGTERM, signal.SIGINT)
+    with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not the main thread: a test's loop
+        for number in handled:
+            loop.add_signal_handler(number, stop, number)
+    log.info("listen url=%s cluster=%s", proxy.url, proxy.config.cluster_url)
+    if on_ready is not None:
+        on_ready(proxy.url)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):
+            for number in handled:
+                loop.remove_signal_handler(number)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Nothing was started; "
+            "stop whoever has the port, or choose another by --listen"
+        ) from error
+    return listener
+
+
+async def _baton_key(store: Store) -> bytes:
+    """The key all proxies of the cluster sign batons with: batons outlive a proxy's restart (hrana.md 1.4)."""
+    for _ in range(3):
+        found = await store.get(BATON_KEY)
+        if found is not None and len(found.value) >= 32:
+            return found.value
+        with contextlib.suppress(CompareFailed):
+            key = secrets.token_bytes(32)
+            await store.put_if(BATON_KEY, key, version=None if found is None else found.version)
+            return key
+    raise StoreUnavailable(f"the record {BATON_KEY} keeps changing while it is read; start the proxy again")
+
+
+def _probe(text: str) -> Callable[[Request], Response]:
+    def answer(request: Request) -> Response:
+        return PlainTextResponse(text)
+
+    return answer
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    return Response(status_code=404)

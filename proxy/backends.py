@@ -1,0 +1,298 @@
+"""The nodes as the proxy knows them: records from the coordination store, one link each, what their statuses say.
+
+`Backends.run` owns everything that lives: two watches of the store and one task per node that keeps its link up.
+The store may be away: the nodes known stay known, and requests go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+from proxy.consistency import Floors
+from proxy.link import LinkConnection
+from walship.coordination.record import CLUSTER, LEADER, NODES, ClusterRecord, LeaderRecord, NodeRecord, decode
+from walship.coordination.store import Change, Store
+from walship.errors import CorruptState, StoreUnavailable, UsageError
+from walship.formats.link import NO_POSITION, Role, Status, StatusFlags
+from walship.formats.position import Position
+
+__all__ = ["Backend", "Backends", "PeakEwma"]
+
+log = logging.getLogger("walship.proxy.backends")
+
+QUIET_SECONDS = 1.5
+"""A node tells its status every 100 ms; one quiet for so long gets no new requests."""
+
+DEAD_SECONDS = 5.0
+"""A link silent for so long is cut: reads go elsewhere, writes are answered "outcome unknown"."""
+
+CONNECT_SECONDS = 3.0
+BACKOFF_SECONDS = (0.02, 1.0)
+WATCH_RETRY_SECONDS = 1.0
+
+
+class PeakEwma:
+    """A latency estimate that jumps to each peak at once and comes down slowly: a slow node is left alone at once.
+
+    It also decays while nothing is measured, so that a node left alone is tried again.
+    """
+
+    __slots__ = ("_at", "_seconds", "decay_seconds")
+
+    def __init__(self, decay_seconds: float = 2.0) -> None:
+        self.decay_seconds = decay_seconds
+        self._seconds, self._at = 0.0, 0.0
+
+    def observe(self, seconds: float, now: float) -> None:
+        current = self.at(now)
+        if seconds >= current:
+            self._seconds = seconds
+        else:
+            weight = math.exp(-max(now - self._at, 0.0) / self.decay_seconds)
+            self._seconds = self._seconds * weight + seconds * (1.0 - weight)
+        self._at = now
+
+    def at(self, now: float) -> float:
+        """The estimate in seconds."""
+        return self._seconds * math.exp(-max(now - self._at, 0.0) / self.decay_seconds)
+
+
+class Backend:
+    """One node. A `router.Candidate`."""
+
+    def __init__(self, record: NodeRecord, clock: Callable[[], float]) -> None:
+        self.record = record
+        self.connection: LinkConnection | None = None
+        self.generation = 0
+        self.status: Status | None = None
+        self.latency = PeakEwma()
+        self.reads = 0
+        self.last_failure: str | None = None
+        self.since = clock()
+        self._clock = clock
+        self._applied: Position = NO_POSITION
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def role(self) -> Role:
+        return Role.STARTING if self.status is None else self.status.role
+
+    @property
+    def term(self) -> int:
+        return 0 if self.status is None else self.status.term
+
+    @property
+    def applied(self) -> Position:
+        return self._applied
+
+    @property
+    def lag_ms(self) -> int | None:
+        return None if self.status is None else self.status.lag_ms
+
+    @property
+    def usable(self) -> bool:
+        connection, status = self.connection, self.status
+        return (
+            connection is not None
+            and status is not None
+            and connection.usable
+            and status.flags & (StatusFlags.SERVING | StatusFlags.DRAINING) == StatusFlags.SERVING
+            and self._clock() - connection.last_heard < QUIET_SECONDS
+        )
+
+    @property
+    def cost(self) -> float:
+        connection = self.connection
+        in_flight = 0 if connection is None else connection.in_flight
+        return (self.latency.at(self._clock()) + 1e-6) * (in_flight + 1)
+
+    def saw(self, position: Position) -> None:
+        """A reply shows that the node has at least this position: often fresher than its last status."""
+        if position.term == self._applied.term and position.txid > self._applied.txid:
+            self._applied = position
+
+    def take_status(self, status: Status) -> None:
+        previous, self.status = self.status, status
+        if previous is None or previous.role is not status.role:
+            self.since = self._clock()
+        applied = status.applied
+        if applied.term != self._applied.term or applied.txid > self._applied.txid:
+            self._applied = applied
+
+    def forget_connection(self) -> None:
+        self.connection, self.status, self._applied = None, None, NO_POSITION
+        self.since = self._clock()
+
+
+async def follow(store: Store, prefix: str, apply: Callable[[Change], None]) -> None:
+    """Give every change under `prefix` to `apply`, for ever: a store that is away is waited for, and what was known
+    stays known; a record that cannot be read is skipped."""
+    while True:
+        try:
+            async with contextlib.aclosing(store.watch(prefix)) as changes:
+                async for change in changes:
+                    try:
+                        apply(change)
+                    except (CorruptState, UsageError) as error:
+                        log.warning("skip record key=%s reason=%s", change.key, error)
+        except StoreUnavailable as error:
+            log.warning("watch %s failed: %s; what is known stays in use", prefix, error)
+        await asyncio.sleep(WATCH_RETRY_SECONDS)
+
+
+class Backends:
+    """All nodes, and whoever waits for something about them to change."""
+
+    def __init__(
+        self,
+        store: Store,
+        floors: Floors,
+        *,
+        rng: random.Random,
+        clock: Callable[[], float],
+        on_lost: Callable[[str, int], None],
+    ) -> None:
+        self._store, self._floors, self._rng, self._clock = store, floors, rng, clock
+        self._on_lost = on_lost
+        self._nodes: dict[str, Backend] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._waiters: set[asyncio.Future[None]] = set()
+        self.leader_record: LeaderRecord | None = None
+        self.cluster_record: ClusterRecord | None = None
+
+    def __iter__(self) -> Iterator[Backend]:
+        return iter(self._nodes.values())
+
+    def get(self, name: str) -> Backend | None:
+        return self._nodes.get(name)
+
+    @property
+    def leader(self) -> Backend | None:
+        """The usable node that says it leads in the newest term."""
+        leaders = [node for node in self._nodes.values() if node.role is Role.LEADER and node.usable]
+        return max(leaders, key=lambda node: node.term, default=None)
+
+    async def changed(self, timeout_seconds: float) -> bool:
+        """Wait until any node's status, link or record changes; False when nothing did in time."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await waiter
+        except TimeoutError:
+            return False
+        finally:
+            self._waiters.discard(waiter)
+        return True
+
+    async def run(self) -> None:
+        """Follow the store and keep the links; ends only by cancellation."""
+        async with asyncio.TaskGroup() as tasks:
+
+            def node_changed(change: Change) -> None:
+                self._node_changed(change, tasks)
+
+            tasks.create_task(follow(self._store, NODES, node_changed), name="watch nodes")
+            tasks.create_task(follow(self._store, LEADER, self._leader_changed), name="watch leader")
+            tasks.create_task(follow(self._store, CLUSTER, self._cluster_changed), name="watch cluster")
+
+    # --- the store ----------------------------------------------------------------------------------------------
+
+    def _cluster_changed(self, change: Change) -> None:
+        if change.key == CLUSTER and change.state is not None:
+            self.cluster_record = decode(ClusterRecord, change.key, change.state.value)
+
+    def _leader_changed(self, change: Change) -> None:
+        if change.key == LEADER:
+            state = change.state
+            self.leader_record = None if state is None else decode(LeaderRecord, change.key, state.value)
+            self._notify()
+
+    def _node_changed(self, change: Change, tasks: asyncio.TaskGroup) -> None:
+        name = change.key.removeprefix(NODES)
+        record = None if change.state is None else decode(NodeRecord, change.key, change.state.value)
+        known = self._nodes.get(name)
+        if known is not None and record is not None and known.record.url == record.url:
+            known.record = record
+            return
+        keeper = self._keepers.pop(name, None)
+        if keeper is not None:
+            keeper.cancel()
+        self._nodes.pop(name, None)
+        if record is not None:
+            log.info("found node name=%s url=%s", name, record.url)
+            backend = self._nodes[name] = Backend(record, self._clock)
+            self._keepers[name] = tasks.create_task(self._keep(backend), name=f"link {name}")
+        self._notify()
+
+    # --- links --------------------------------------------------------------------------------------------------
+
+    async def _keep(self, backend: Backend) -> None:
+        """Keep one node's link up: connect, watch it, begin again with growing pauses."""
+        low, high = BACKOFF_SECONDS
+        pause = low
+        while True:
+            heard = await self._one_connection(backend)
+            pause = low if heard else min(pause * 2, high)
+            await asyncio.sleep(pause * (0.5 + self._rng.random() / 2))
+
+    async def _one_connection(self, backend: Backend) -> bool:
+        """One connection from its start to its end; True when the node sent a status."""
+        parts = urlsplit(backend.record.url)
+        host, port = parts.hostname or "127.0.0.1", parts.port or 80
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[str] = loop.create_future()
+        backend.generation += 1
+        generation = backend.generation
+
+        def on_status(status: Status) -> None:
+            backend.take_status(status)
+            self._floors.learn(status)
+            self._notify()
+
+        def on_end(reason: str) -> None:
+            if not ended.done():
+                ended.set_result(reason)
+            if backend.generation == generation:
+                backend.forget_connection()
+            self._on_lost(backend.name, generation)
+            self._notify()
+
+        connection = LinkConnection(host=parts.netloc, name=backend.name, on_status=on_status, on_end=on_end)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await loop.create_connection(lambda: connection, host, port)
+        except (OSError, TimeoutError) as error:
+            self._failed(backend, f"cannot connect to {backend.record.url}: {error or 'no answer in time'}")
+            connection.abort("never connected")
+            return False
+        backend.connection = connection
+        try:
+            while not ended.done():
+                await asyncio.wait([ended], timeout=DEAD_SECONDS / 8)
+                if not ended.done() and loop.time() - connection.last_heard > DEAD_SECONDS:
+                    connection.abort(f"node {backend.name} was silent for {DEAD_SECONDS:g} s")
+        finally:
+            connection.abort("the proxy closed the link")
+        self._failed(backend, await ended)
+        return connection.upgraded
+
+    def _failed(self, backend: Backend, reason: str) -> None:
+        if backend.last_failure != reason:
+            backend.last_failure = reason
+            log.warning("lost link node=%s reason=%s", backend.name, reason)
+
+    def _notify(self) -> None:
+        waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)

@@ -1,0 +1,132 @@
+"""How fresh a read must be: the proxy's floor, the history of terms, and what one request asks for (R17, R18). Pure.
+
+The promise of `session` is that a read never misses a write acknowledged through this proxy and never goes back. One
+floor for the whole proxy keeps it for every client, also for those that open a new stream per statement (hrana.md
+6.10): each acknowledged write and each `session` read raises it, and a read begun later asks for at least that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from walship.errors import CorruptRecord, ProtocolViolation, WriteLost
+from walship.formats.link import NO_POSITION, Status
+from walship.formats.link import Role as NodeRole
+from walship.formats.position import Position, TermHistory
+from walship.hrana.types import Level
+
+__all__ = ["Floors", "Settings", "parse_ack", "parse_level", "parse_token"]
+
+LEVEL_NAMES = {"any": Level.ANY, "session": Level.SESSION, "global": Level.SESSION, "linearizable": Level.LINEARIZABLE}
+MAX_ACK = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a stream or one request asked for. `floor` is an explicit token; `ack` None is the cluster's default."""
+
+    level: Level = Level.SESSION
+    ack: int | None = None
+    floor: Position | None = None
+
+    def overridden(self, *, consistency: str | None, min_position: str | None) -> Settings:
+        """These settings with the request headers `walship-consistency` and `walship-min-position` applied.
+
+        Raises ProtocolViolation when a header cannot be read.
+        """
+        if consistency is None and min_position is None:
+            return self
+        level = self.level if consistency is None else parse_level(consistency)
+        floor = self.floor if min_position is None else parse_token(min_position)
+        return replace(self, level=level, floor=floor)
+
+
+def parse_level(text: str) -> Level:
+    """Read a consistency level; `global` means `session`. Raises ProtocolViolation for any other word."""
+    level = LEVEL_NAMES.get(text.strip().lower())
+    if level is None:
+        raise ProtocolViolation(f"no consistency level is called {text[:40]!r}; choose any, session or linearizable")
+    return level
+
+
+def parse_ack(text: str) -> int:
+    """Read a number of followers to wait for. Raises ProtocolViolation when it is none."""
+    text = text.strip()
+    if not (text.isascii() and text.isdecimal() and len(text) < 4 and int(text) <= MAX_ACK):
+        raise ProtocolViolation(f"walship_ack is a number of followers, 0 to {MAX_ACK}, not {text[:40]!r}")
+    return int(text)
+
+
+def parse_token(text: str) -> Position:
+    """Read a position token. Raises ProtocolViolation when it is none."""
+    try:
+        return Position.parse_text(text.strip())
+    except CorruptRecord as error:
+        raise ProtocolViolation(f"{error}; tokens come from the reply header walship-position") from error
+
+
+class Floors:
+    """The proxy's own floor and the terms it knows of. Grows only: `position` never goes back in history.
+
+    Until `ready`, a starting proxy does not know what an earlier one acknowledged, and must not serve `session` reads
+    (R18): the first status of a leader gives that floor.
+    """
+
+    __slots__ = ("_position", "history", "ready", "term")
+
+    def __init__(self) -> None:
+        self.history = TermHistory()
+        self.ready = False
+        self.term = 0
+        self._position = NO_POSITION
+
+    @property
+    def position(self) -> Position:
+        return self._position
+
+    def learn(self, status: Status) -> None:
+        """Take what a node says: merge its history; a leader's word makes the floor ready, and ends an old term.
+
+        On a new term the own floor becomes (term, start): what lay beyond that start is in no surviving history, and
+        only an explicit token beyond it gives WriteLost (R18).
+        """
+        known = dict(self.history.starts())
+        for term, start in status.history:
+            if known.get(term) != start:
+                self.history.add(term, start)
+        if status.role is not NodeRole.LEADER or status.term < self.term:
+            return
+        self.term = status.term
+        if self._position.term and self._position.term < status.term:
+            began = dict(self.history.starts()).get(status.term)
+            if began is not None:
+                self._position = Position(status.term, began)
+        if not self.ready:
+            self.raise_to(status.acked if status.acked.term else status.durable)
+            self.ready = True
+
+    def raise_to(self, position: Position) -> None:
+        """Raise the floor to a position a node answered with; one that history already contains changes nothing."""
+        self._position = self._later(self._position, position)
+
+    def needed(self, settings: Settings) -> Position:
+        """The position a read with these settings must be served at, `NO_POSITION` when any will do.
+
+        Raises WriteLost when an explicit token lies in no surviving history.
+        """
+        token = settings.floor
+        if token is not None and self.history.lost(token):
+            raise WriteLost(
+                f"the position {token} is in no surviving history: its term ended at txid "
+                f"{self.history.end(token.term)}. What it names was never acknowledged by enough nodes; "
+                "look for it in `walship orphans`"
+            )
+        if settings.level is Level.ANY:
+            return token or NO_POSITION
+        return self._position if token is None else self._later(self._position, token)
+
+    def _later(self, ours: Position, theirs: Position) -> Position:
+        """The one that contains the other. Terms whose start is not known yet: the newer term, it began after ours."""
+        if theirs.term == ours.term:
+            return theirs if theirs.txid > ours.txid else ours
+        return theirs if theirs.term > ours.term else ours

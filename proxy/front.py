@@ -1,0 +1,315 @@
+"""The proxy's Hrana endpoints: one request in, one reply out, and what becomes of its stream (hrana.md 1.2 to 1.4).
+
+A plain ASGI application for POST on the Hrana paths. The node's reply bytes go to the client as they are; only the
+baton at their beginning is this proxy's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from proxy.dispatch import CursorAnswer, Dispatcher
+from proxy.link import LinkLost
+from proxy.plan import Known, Plan, plan_cursor, plan_pipeline
+from proxy.router import Need
+from proxy.streams import ClientStream, Pin, Streams
+from walship.errors import Draining, OutcomeUnknown, Overloaded, ProtocolViolation, Unavailable, WalshipError
+from walship.formats.link import NO_BATON, CursorEnd, Refusal, ReplyFlags, error_of
+from walship.formats.position import Position
+from walship.hrana.http import CURSOR_TYPE, ENDPOINTS, JSON_TYPE, Endpoint, Failure, Verb, body_too_large, failure
+from walship.hrana.json import cursor_error, decode_cursor, decode_pipeline
+from walship.hrana.types import CursorBody, ErrorBody, PipelineBody
+from walship.metrics import ProxyMetrics
+
+__all__ = ["CORS", "Front"]
+
+log = logging.getLogger("walship.proxy.front")
+
+Headers = list[tuple[bytes, bytes]]
+
+CORS: Headers = [
+    (b"access-control-allow-origin", b"*"),
+    (b"access-control-expose-headers", b"walship-position, walship-served-by"),
+]
+
+
+class Front:
+    """Answers POST on the Hrana paths. `draining` set refuses new work, except on streams that hold a transaction."""
+
+    def __init__(
+        self,
+        *,
+        streams: Streams,
+        dispatcher: Dispatcher,
+        metrics: ProxyMetrics,
+        known: Callable[[], Known],
+        body_max_bytes: int,
+    ) -> None:
+        self.draining = False
+        self.orphaned_pins: deque[Pin] = deque()  # node streams nobody can reach any more; the sweeper closes them
+        self._streams, self._dispatcher, self._metrics, self._known = streams, dispatcher, metrics, known
+        self._body_max_bytes = body_max_bytes
+        self._clock = asyncio.get_running_loop().time
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request whose path is in `ENDPOINTS` and whose method is POST."""
+        endpoint = ENDPOINTS[scope["path"]]
+        started = self._clock()
+        kind = outcome = "unknown"
+        try:
+            body = await self._read_body(scope, receive)
+            if body is None:
+                await _respond_failure(send, body_too_large(self._body_max_bytes))
+                outcome = "REQUEST_TOO_LARGE"
+                return
+            request = _Request(self, endpoint, body, scope)
+            kind = request.kind
+            await request.serve(send)
+            outcome = "ok"
+        except WalshipError as error:
+            outcome = error.code
+            await _respond_failure(send, failure(error))
+        except _ClientGone:
+            outcome = "client gone"
+        finally:
+            self._metrics.requests.labels(kind, outcome).inc()
+            self._metrics.request_seconds.labels(kind).observe(self._clock() - started)
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body, or None when it is larger than allowed."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientGone
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > self._body_max_bytes:
+                return None
+            parts.append(part)
+            if not message.get("more_body", False):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    # --- streams: how they begin and end --------------------------------------------------------------------------
+
+    def begin(self, endpoint: Endpoint, body: bytes, scope: Scope) -> tuple[ClientStream, bool, Plan]:
+        """Decode, find or make the stream, plan. The stream is busy afterwards; `finish` or `fail` hands it back."""
+        decoded: PipelineBody | CursorBody
+        if endpoint.verb is Verb.CURSOR:
+            decoded = decode_cursor(body)
+        else:
+            decoded = decode_pipeline(body, version=endpoint.version)
+        consistency, min_position = _request_headers(scope)
+        resumed = decoded.baton is not None
+        stream = self._streams.open() if decoded.baton is None else self._streams.resume(decoded.baton, self._clock())
+        try:
+            if self.draining and stream.pin is None:
+                raise Draining("this proxy is shutting down; nothing was run. Connect again")
+            settings = stream.settings.overridden(consistency=consistency, min_position=min_position)
+            how = {
+                "stored": stream.stored,
+                "settings": settings,
+                "known": self._known(),
+                "limits": self._streams.limits,
+            }
+            plan = self._plan(decoded, body, how)
+            if not plan.closes:
+                self._streams.register(stream)
+            if plan.settings is not settings:
+                stream.settings = plan.settings
+        except WalshipError:
+            self._hand_back(stream, resumed=resumed)
+            raise
+        return stream, resumed, plan
+
+    def _plan(self, decoded: PipelineBody | CursorBody, body: bytes, how: dict[str, Any]) -> Plan:
+        if isinstance(decoded, CursorBody):
+            return plan_cursor(decoded, body, **how)
+        return plan_pipeline(decoded, body, **how)
+
+    def finish(
+        self, stream: ClientStream, plan: Plan, *, node: str, connection: int, node_stream: int, flags: ReplyFlags
+    ) -> str | None:
+        """A request was answered: what the stream is now. Returns its next baton, None when it is closed."""
+        if plan.closes:
+            self._streams.close(stream)
+            return None
+        stream.stored = plan.stored
+        stream.pin = Pin(node, connection, node_stream) if node_stream else None
+        stream.autocommit = bool(flags & ReplyFlags.AUTOCOMMIT)
+        return self._streams.keep(stream, self._clock())
+
+    def fail(self, stream: ClientStream, *, resumed: bool, error: BaseException) -> None:
+        """A request ended with an error of the whole: a stream without state goes on, one with state usually not."""
+        pin = stream.pin
+        if pin is not None and not isinstance(error, Overloaded | Draining):
+            self.orphaned_pins.append(pin)
+            self._streams.close(stream, expired=True)
+        else:
+            self._hand_back(stream, resumed=resumed)
+
+    def _hand_back(self, stream: ClientStream, *, resumed: bool) -> None:
+        if resumed:
+            self._streams.release(stream, self._clock())
+        else:
+            self._streams.forget(stream)
+
+    async def pipeline(self, endpoint: Endpoint, stream: ClientStream, resumed: bool, plan: Plan, send: Send) -> None:
+        try:
+            answer = await self._dispatcher.pipeline(plan, stream, endpoint.version)
+        except BaseException as error:
+            self.fail(stream, resumed=resumed, error=error)
+            raise
+        reply = answer.reply
+        name = answer.backend.name
+        baton = self.finish(
+            stream, plan, node=name, connection=answer.connection, node_stream=reply.stream, flags=reply.flags
+        )
+        self._count(plan, name)
+        body = with_baton(reply.body, baton)
+        await _respond(send, reply.status, JSON_TYPE, body, served(name, reply.position))
+
+    async def cursor(self, stream: ClientStream, resumed: bool, plan: Plan, send: Send) -> None:
+        try:
+            answer = await self._dispatcher.cursor(plan, stream)
+        except BaseException as error:
+            self.fail(stream, resumed=resumed, error=error)
+            raise
+        position: Position | None = None
+        name = answer.backend.name
+        self._count(plan, name)
+        ended = answer.cursor.ended and isinstance(answer.cursor.end, CursorEnd)
+        try:
+            if ended:  # a small one is here whole: everything about it is known before its head is sent
+                baton, position = self._end_cursor(stream, plan, answer)
+            else:
+                baton = self._streams.promise(stream, in_transaction=plan.opens or not stream.autocommit)
+            first = with_baton(answer.first, baton)
+            await _start(send, 200, CURSOR_TYPE, served(name, position))
+            await _send_part(send, first)
+            if not ended:
+                while (chunk := await answer.cursor.chunk()) is not None:
+                    await _send_part(send, chunk)
+                self._end_cursor(stream, plan, answer)
+                ended = True
+        except (LinkLost, _CursorRefused) as error:
+            ended = True
+            self.fail(stream, resumed=True, error=error)
+            await _send_part(send, cursor_error(_cursor_failure(plan, error)))
+        finally:
+            if not ended:
+                answer.cursor.abandon()
+                self.fail(stream, resumed=True, error=_ClientGone())
+        await send({"type": "http.response.body", "body": b""})
+
+    def _end_cursor(self, stream: ClientStream, plan: Plan, answer: CursorAnswer) -> tuple[str | None, Position]:
+        end = answer.cursor.end
+        if end is None or isinstance(end, Refusal):
+            raise _CursorRefused(end)
+        self._dispatcher.settle(plan, answer.backend, end.position)
+        baton = self.finish(
+            stream,
+            plan,
+            node=answer.backend.name,
+            connection=answer.connection,
+            node_stream=end.stream,
+            flags=end.flags,
+        )
+        return baton, end.position
+
+    def _count(self, plan: Plan, node: str) -> None:
+        if plan.need is Need.READ:
+            self._metrics.reads.labels(node).inc()
+
+
+class _Request:
+    """One request between its decoding and its answer."""
+
+    def __init__(self, front: Front, endpoint: Endpoint, body: bytes, scope: Scope) -> None:
+        self._front, self._endpoint = front, endpoint
+        self._stream, self._resumed, self._plan = front.begin(endpoint, body, scope)
+
+    @property
+    def kind(self) -> str:
+        return "read" if self._plan.need is Need.READ else "write"
+
+    async def serve(self, send: Send) -> None:
+        if self._endpoint.verb is Verb.CURSOR:
+            await self._front.cursor(self._stream, self._resumed, self._plan, send)
+        else:
+            await self._front.pipeline(self._endpoint, self._stream, self._resumed, self._plan, send)
+
+
+class _ClientGone(Exception):
+    """The client went away before its request was whole, or while its answer was sent."""
+
+
+class _CursorRefused(Exception):
+    """A node ended a cursor by a refusal after it had begun."""
+
+    def __init__(self, refusal: Refusal | None) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
+
+
+def _cursor_failure(plan: Plan, error: LinkLost | _CursorRefused) -> ErrorBody:
+    if isinstance(error, _CursorRefused):
+        if error.refusal is None:
+            return ErrorBody("the node ended the cursor without saying how", ProtocolViolation.code)
+        cause = error_of(error.refusal)
+        return ErrorBody(str(cause), error.refusal.code)
+    if plan.need is Need.READ:
+        return ErrorBody(f"{error}; the rows so far are not all. Nothing was changed", Unavailable.code)
+    return ErrorBody(f"{error}; what this batch wrote may or may not be done", OutcomeUnknown.code)
+
+
+def with_baton(body: bytes, baton: str | None) -> bytes:
+    """The node's bytes with the proxy's baton in place of the null at their beginning."""
+    if baton is None:
+        return body
+    if not body.startswith(NO_BATON):
+        raise ProtocolViolation("a node's answer does not begin as the link protocol says")
+    return b'{"baton":"' + baton.encode() + b'"' + body[len(NO_BATON) :]
+
+
+def served(node: str, position: Position | None) -> Headers:
+    """The reply headers of design.md 6. The position of a long cursor is not known when its head is sent."""
+    headers = [*CORS, (b"walship-served-by", node.encode())]
+    if position is not None:
+        headers.append((b"walship-position", str(position).encode()))
+    return headers
+
+
+def _request_headers(scope: Scope) -> tuple[str | None, str | None]:
+    consistency = min_position = None
+    for name, value in scope["headers"]:
+        if name == b"walship-consistency":
+            consistency = value.decode("latin-1")
+        elif name == b"walship-min-position":
+            min_position = value.decode("latin-1")
+    return consistency, min_position
+
+
+async def _respond_failure(send: Send, problem: Failure) -> None:
+    await _respond(send, problem.status, problem.content_type, problem.body, CORS)
+
+
+async def _respond(send: Send, status: int, content_type: str, body: bytes, headers: Headers) -> None:
+    await _start(send, status, content_type, [*headers, (b"content-length", str(len(body)).encode())])
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _start(send: Send, status: int, content_type: str, headers: Headers) -> None:
+    head = [(b"content-type", content_type.encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+
+
+async def _send_part(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,203 @@
+"""Streams as clients see them over HTTP: batons in, batons out (hrana.md 1.4, R21).
+
+A stream is a small record: an id, a sequence, stored SQL texts, settings. It has a connection somewhere only while it
+is *pinned*: an open transaction, or connection state, on one node under that node's own stream id. So an idle client
+costs nothing, and expiry hurts only who left a transaction open: after `transaction_idle_seconds` the node's stream is
+closed, and the client is told STREAM_EXPIRED. A baton that says "autocommit" is good for as long as its key, also after
+this process forgot the record or was restarted: the stream is then revived without its stored SQL.
+
+Time is an argument (monotonic seconds); random numbers come from the `random` given.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from proxy.consistency import Settings
+from walship.errors import Overloaded, ProtocolViolation, StatementFailed
+from walship.hrana.baton import ALREADY_USED, CLOSED, Baton, open_baton, sign
+
+__all__ = ["ClientStream", "Pin", "StreamLimits", "Streams", "stream_expired"]
+
+_U64 = (1 << 64) - 1
+
+
+def stream_expired() -> StatementFailed:
+    """The stream is gone together with its transaction or connection state."""
+    return StatementFailed("The stream has expired due to inactivity", "STREAM_EXPIRED")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """Bounds, with what others use: sqld expires after 10 s; a record here is about 1 KB."""
+
+    transaction_idle_seconds: float = 10.0
+    state_idle_seconds: float = 300.0
+    idle_seconds: float = 3600.0
+    streams: int = 65_536
+    stored_texts: int = 50
+    stored_text_bytes: int = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Where a stream's connection lives: the node, the connection generation of its link, and the node's stream id."""
+
+    node: str
+    connection: int
+    stream: int
+
+
+@dataclass(slots=True)
+class ClientStream:
+    """One client-visible stream. Requests on it are serial: while `busy`, its old baton is "already used"."""
+
+    id: int
+    sequence: int
+    settings: Settings = field(default_factory=Settings)
+    stored: Mapping[int, str] = field(default_factory=dict)
+    pin: Pin | None = None
+    autocommit: bool = True
+    busy: bool = True
+    known: bool = False  # a baton was given out, so the record is kept
+    last_used: float = 0.0
+
+
+class Streams:
+    """All streams of one proxy. `sweep` must be called now and then: it says which node streams to close."""
+
+    def __init__(self, key: bytes, rng: random.Random, limits: StreamLimits | None = None) -> None:
+        self.limits = limits or StreamLimits()
+        self._key, self._rng = key, rng
+        self._streams: OrderedDict[int, ClientStream] = OrderedDict()  # least recently used first
+        self._closed: OrderedDict[int, bool] = OrderedDict()  # ended lately: True = expired with its state
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    @property
+    def pinned(self) -> int:
+        """How many streams hold a connection on some node."""
+        return sum(stream.pin is not None for stream in self._streams.values())
+
+    def open(self) -> ClientStream:
+        """A stream for a request without a baton. Nothing is kept of it until `register`."""
+        return ClientStream(self._rng.getrandbits(64), self._rng.getrandbits(63))
+
+    def register(self, stream: ClientStream) -> None:
+        """Keep the stream, busy: its client will get a baton. To be called before its request runs.
+
+        Raises Overloaded when every record is in use.
+        """
+        if not stream.known:
+            self._make_room()
+            stream.known = True
+            self._streams[stream.id] = stream
+
+    def resume(self, text: str, now: float) -> ClientStream:
+        """The stream of a baton, busy from now on; hand it back by `keep` or `close`.
+
+        Raises ProtocolViolation with sqld's messages, StatementFailed STREAM_EXPIRED when its state is gone.
+        """
+        baton = open_baton(self._key, text)
+        stream = self._streams.get(baton.stream)
+        if stream is None:
+            return self._revive(baton)
+        if stream.busy or stream.sequence != baton.sequence:
+            raise ProtocolViolation(ALREADY_USED)
+        if stream.pin is not None and now - stream.last_used > self._idle_seconds(stream):
+            # The node's own timer has fired or is about to; the sweep closes what is left.
+            raise stream_expired()
+        stream.busy = True
+        return stream
+
+    def keep(self, stream: ClientStream, now: float) -> str:
+        """Hand a registered stream back after a request; returns its next baton."""
+        stream.sequence = (stream.sequence + 1) & _U64
+        stream.busy, stream.last_used = False, now
+        self._streams.move_to_end(stream.id)
+        return sign(self._key, Baton(stream.id, stream.sequence, in_transaction=not stream.autocommit))
+
+    def promise(self, stream: ClientStream, *, in_transaction: bool) -> str:
+        """The baton `keep` is going to return, before the request has ended: a cursor's head line comes first.
+
+        What the stream's state will be is not known yet; `in_transaction` is the caller's cautious guess. It matters
+        only to whoever has lost the record.
+        """
+        return sign(self._key, Baton(stream.id, (stream.sequence + 1) & _U64, in_transaction=in_transaction))
+
+    def forget(self, stream: ClientStream) -> None:
+        """Drop a stream whose client never got a baton."""
+        self._streams.pop(stream.id, None)
+        stream.known = False
+
+    def release(self, stream: ClientStream, now: float) -> None:
+        """Hand a stream back after a request that was not done: the baton the client has stays good."""
+        stream.busy, stream.last_used = False, now
+
+    def close(self, stream: ClientStream, *, expired: bool = False) -> None:
+        """The stream has ended; a later request with a baton of it is told so. Idempotent."""
+        if stream.known:
+            self._streams.pop(stream.id, None)
+            self._remember(stream.id, expired=expired)
+        stream.pin, stream.autocommit, stream.known = None, True, False
+
+    def sweep(self, now: float) -> list[Pin]:
+        """End what sat idle too long; returns the node streams to close."""
+        pins: list[Pin] = []
+        for stream in list(self._streams.values()):
+            if stream.busy or now - stream.last_used <= self._idle_seconds(stream):
+                continue
+            if stream.pin is not None:
+                pins.append(stream.pin)
+                self.close(stream, expired=True)
+            else:
+                del self._streams[stream.id]  # forgotten, not closed: its baton revives it
+        return pins
+
+    def drop_connection(self, node: str, connection: int) -> None:
+        """A link is gone, and with it what the node's streams of that link held: the clients are told at their next
+        request (R21: reported lost, not silently reset)."""
+        for stream in list(self._streams.values()):
+            pin = stream.pin
+            if pin is not None and pin.node == node and pin.connection == connection and not stream.busy:
+                self.close(stream, expired=True)
+
+    def pins(self) -> list[Pin]:
+        """Every node stream held now, for draining."""
+        return [stream.pin for stream in self._streams.values() if stream.pin is not None]
+
+    def _revive(self, baton: Baton) -> ClientStream:
+        expired = self._closed.get(baton.stream)
+        if expired is False:
+            raise ProtocolViolation(CLOSED)
+        if expired or baton.in_transaction:
+            raise stream_expired()
+        stream = ClientStream(baton.stream, baton.sequence)
+        self.register(stream)
+        return stream
+
+    def _idle_seconds(self, stream: ClientStream) -> float:
+        if stream.pin is None:
+            return self.limits.idle_seconds
+        return self.limits.state_idle_seconds if stream.autocommit else self.limits.transaction_idle_seconds
+
+    def _make_room(self) -> None:
+        if len(self._streams) < self.limits.streams:
+            return
+        for stream in self._streams.values():
+            if not stream.busy and stream.pin is None:
+                del self._streams[stream.id]
+                return
+        raise Overloaded(
+            f"all {self.limits.streams} streams of this proxy hold transactions or requests; nothing was kept. "
+            "Close transactions sooner, or add a proxy"
+        )
+
+    def _remember(self, id: int, *, expired: bool) -> None:
+        self._closed[id] = expired
+        if len(self._closed) > self.limits.streams:
+            self._closed.popitem(last=False)
