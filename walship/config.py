@@ -22,6 +22,7 @@ from walship.coordination.store import check_store_url
 from walship.errors import UsageError
 
 __all__ = [
+    "DEFAULT_FOLLOWERS",
     "NODE",
     "PROXY",
     "STATUS",
@@ -92,7 +93,7 @@ class UpConfig:
     """A whole cluster on this machine."""
 
     database: Path | None = None
-    followers: int = DEFAULT_FOLLOWERS
+    followers: int | None = None  # None: DEFAULT_FOLLOWERS; on a resumed cluster what its record says
     listen_host: str = "127.0.0.1"
     listen_port: int = 8080
     data_dir: Path = Path("walship-data")
@@ -392,7 +393,7 @@ def _check_node(fields: dict[str, Any]) -> list[str]:
 
 
 def _check_up(fields: dict[str, Any]) -> list[str]:
-    voters = fields.get("followers", DEFAULT_FOLLOWERS) + 1
+    voters = int(fields.get("followers", DEFAULT_FOLLOWERS)) + 1
     ack = fields.get("ack")
     return [_too_many(ack, voters)] if ack is not None and ack >= voters else []
 

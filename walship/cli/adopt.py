@@ -12,6 +12,7 @@ its file this way; and a file made to crash SQLite takes down only the look.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import fcntl
@@ -20,7 +21,6 @@ import os
 import shutil
 import stat
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -63,20 +63,20 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def check_and_switch(path: Path, *, data_dir: Path, copies: int) -> Verdict:
+async def check_and_switch(path: Path, *, data_dir: Path, copies: int) -> Verdict:
     """Pre-flight, say what was found, switch to WAL if needed. Raises DatabaseRefused, StorageFailed."""
-    verdict = preflight(path, data_dir=data_dir, copies=copies)
+    verdict = await preflight(path, data_dir=data_dir, copies=copies)
     for text in verdict.notes:
         output.note(f"walship: {text}")
     if verdict.journal is Journal.ROLLBACK:
-        _subprocess("switch", verdict.path)
+        await _subprocess("switch", verdict.path)
         output.note(f"walship: {verdict.path} is now in WAL mode (it was in rollback-journal mode)")
     return verdict
 
 
-def preflight(path: Path, *, data_dir: Path, copies: int) -> Verdict:
+async def preflight(path: Path, *, data_dir: Path, copies: int) -> Verdict:
     """Inspect `path` in a subprocess and check that `copies` followers' copies fit under `data_dir`."""
-    found = _subprocess("inspect", path)
+    found = await _subprocess("inspect", path)
     verdict = Verdict(
         Path(found["path"]), Journal(found["journal"]), found["size_bytes"], found["page_size"], tuple(found["notes"])
     )
@@ -85,22 +85,28 @@ def preflight(path: Path, *, data_dir: Path, copies: int) -> Verdict:
     if (free := shutil.disk_usage(place).free) < needed:
         raise DatabaseRefused(
             path,
-            f"the disk of {data_dir} has {free >> 20} MiB free, {copies} copies of this database need {needed >> 20} MiB",
+            f"the disk of {data_dir} has {free >> 20} MiB free, and {copies} copies of it need {needed >> 20} MiB",
             "Free some space, or name another --data directory.",
         )
     return verdict
 
 
-def _subprocess(step: str, path: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "walship.cli.adopt", step, str(path)], stdout=subprocess.PIPE, check=False
+async def _subprocess(step: str, path: Path) -> dict[str, Any]:
+    """Run one step; killed when cancelled, which is safe: a look changes nothing, the switch is one transaction."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "walship.cli.adopt", step, str(path), stdout=asyncio.subprocess.PIPE
     )
     try:
-        answer: dict[str, Any] = json.loads(done.stdout)
+        text, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    try:
+        answer: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise DatabaseRefused(
             path,
-            f"the check of this file ended abnormally (exit {done.returncode})",
+            f"the check of this file ended abnormally (exit {process.returncode})",
             "Check it with: sqlite3 FILE 'PRAGMA integrity_check'.",
         ) from error
     if "refused" in answer:
@@ -156,7 +162,7 @@ def _check_directory(path: Path, directory: Path) -> None:
     if (free := shutil.disk_usage(directory).free) < SPARE_BYTES:
         raise DatabaseRefused(
             path,
-            f"the disk is full: {directory} has {free >> 10} KiB left, a cluster needs {SPARE_BYTES >> 20} MiB to start",
+            f"the disk is full: {directory} has {free >> 10} KiB left, a start needs {SPARE_BYTES >> 20} MiB",
             "Free some space first.",
         )
 

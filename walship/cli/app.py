@@ -121,9 +121,9 @@ def up(
         drain_seconds=drain_seconds,
         log_level=log_level,
     )
-    from walship.cli import up as command
+    from walship.cli.up import run as run_up
 
-    return command.run(settings)
+    return run_up(settings)
 
 
 @app.command(
@@ -193,9 +193,9 @@ def node(
         drain_seconds=drain_seconds,
         log_level=log_level,
     )
-    from walship.cli import part
+    from walship.cli.part import run_node
 
-    return part.run_node(settings)
+    return run_node(settings)
 
 
 @app.command(
@@ -234,9 +234,9 @@ def proxy(
         drain_seconds=drain_seconds,
         log_level=log_level,
     )
-    from walship.cli import part
+    from walship.cli.part import run_proxy
 
-    return part.run_proxy(settings)
+    return run_proxy(settings)
 
 
 @app.command(
@@ -260,9 +260,9 @@ def status(
     settings = _build(
         StatusConfig, config, url=url, json=json or None, watch=watch or None, timeout_seconds=timeout_seconds
     )
-    from walship.cli import status as command
+    from walship.cli.status import run as run_status
 
-    return command.run(settings)
+    return run_status(settings)
 
 
 def run(arguments: Sequence[str] | None) -> int:

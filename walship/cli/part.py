@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import inspect
 import logging
@@ -25,7 +26,7 @@ def run_node(config: NodeConfig) -> int:
     if PARENT not in os.environ and config.database is not None:
         from walship.cli import adopt
 
-        adopt.check_and_switch(config.database, data_dir=config.data_dir, copies=0)
+        asyncio.run(adopt.check_and_switch(config.database, data_dir=config.data_dir, copies=0))
     from walship.node.node import run
 
     return _finish(run(config))
