@@ -1,0 +1,123 @@
+"""Connections that belong to one client for a while, and the threads that run their statements.
+
+Interactive streams and streamed cursors cannot share a connection. A `Lane` is one connection with its executor; it
+runs one thing at a time, on any thread of a small pool, and goes back to a shelf of clean ones afterwards. Bounded:
+beyond `Limits.connections` lanes a client is told `Overloaded` before anything has happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import apsw
+
+from walship.errors import Overloaded
+from walship.service.executor import Counters, Executor
+from walship.service.limits import Limits
+from walship.sql import guard
+
+if TYPE_CHECKING:
+    from walship.engine.database import Database
+
+__all__ = ["Connections", "Lane"]
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """One connection and its executor. `writer`: opened for writing, on a leader."""
+
+    connection: apsw.Connection
+    executor: Executor
+    writer: bool
+    running: Future[object] | None = None
+
+
+class Connections:
+    """Hands out lanes and runs functions on them, off the event loop."""
+
+    def __init__(self, database: Database, limits: Limits) -> None:
+        self._database = database
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(limits.stream_threads, thread_name_prefix="walship-stream")
+        self._idle: dict[bool, list[Lane]] = {True: [], False: []}
+        self.in_use = 0
+
+    async def run(self, lane: Lane, function: Callable[[], T]) -> T:
+        """Run `function` for `lane` in the pool. A caller that is cancelled leaves it running: what writes is never
+        cancelled, and `give_back` waits for it."""
+        before = lane.running
+
+        def call() -> T:
+            if before is not None:
+                wait((before,))
+            return function()
+
+        future = self._threads.submit(call)
+        lane.running = future  # type: ignore[assignment]
+        return await asyncio.wrap_future(future)
+
+    async def take(self, *, writer: bool) -> Lane:
+        """A clean lane. Raises Overloaded when too many are in use."""
+        if self.in_use >= self._limits.connections:
+            raise Overloaded(
+                f"{self.in_use} streams already own a connection to this node, as many as it allows. "
+                "Nothing was changed. End a transaction, or try again."
+            )
+        self.in_use += 1
+        shelf = self._idle[writer]
+        if shelf:
+            return shelf.pop()
+        try:
+            return await asyncio.wrap_future(self._threads.submit(self._open, writer))
+        except BaseException:
+            self.in_use -= 1
+            raise
+
+    def give_back(self, lane: Lane, *, clean: bool) -> None:
+        """Return a lane. Not clean (PRAGMA, TEMP objects, doubts): it is closed. An open transaction rolls back.
+
+        Does not wait; the tidying happens in the pool, behind whatever still runs on the lane.
+        """
+        self.in_use -= 1
+        shelf = self._idle[lane.writer]
+        self._threads.submit(_tidy, lane, shelf if clean and len(shelf) < self._limits.idle_connections else None)
+
+    def close(self) -> None:
+        """Close the shelved lanes and end the threads; lanes still in use must have been given back."""
+        self._threads.shutdown(wait=True)
+        for shelf in self._idle.values():
+            for lane in shelf:
+                lane.connection.close(True)
+            shelf.clear()
+
+    def _open(self, writer: bool) -> Lane:
+        connection = self._database.connect_writer() if writer else self._database.connect_reader()
+        try:
+            guard.install(connection, follower=not writer, shared=False)
+            return Lane(connection, Executor(connection, self._limits), writer)
+        except BaseException:
+            connection.close(True)
+            raise
+
+
+def _tidy(lane: Lane, shelf: list[Lane] | None) -> None:
+    if lane.running is not None:
+        wait((lane.running,))
+        lane.running = None
+    try:
+        if shelf is not None:
+            if not lane.connection.get_autocommit():
+                lane.connection.execute("ROLLBACK")
+            lane.executor.may_write = False
+            lane.executor.start(Counters())
+            shelf.append(lane)
+            return
+    except apsw.Error:
+        pass  # closing it rolls back too
+    lane.connection.close(True)

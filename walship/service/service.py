@@ -1,0 +1,585 @@
+"""What a client sees of one node's database, without any transport.
+
+Each call's requests are looked at together and run where they belong (R17, R20 to R22):
+
+    only reads, nothing left open      a read batch on the loop thread, or a worker when they are not short
+    writes, nothing left open          one job in the writer thread, on the shared connection, group commit
+    a transaction left open, PRAGMA    a stream with a connection of its own, by turns with the writer thread
+    or TEMP
+
+A list is never split once it has begun to write: a reply that says "not done" must be true of all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+import apsw
+
+from walship.errors import (
+    Draining,
+    NotDone,
+    NotLeader,
+    NotReadOnly,
+    OutcomeUnknown,
+    Overloaded,
+    ProtocolViolation,
+    StatementFailed,
+)
+from walship.formats.position import Position
+from walship.hrana import json as hrana
+from walship.hrana.types import Batch, BatchRequest, ErrorBody, Level
+from walship.service.connections import Connections
+from walship.service.cursors import LaneCursor
+from walship.service.executor import Counters, Executor, Need, drive
+from walship.service.limits import Limits
+from walship.service.plan import Item, Needs, look, resolve, resolve_batch
+from walship.service.reads import Reads, acknowledged, fresh_enough, seen
+from walship.service.request import Call, CursorReply, Host, Reply
+from walship.service.session import Session, State
+from walship.sql import guard
+
+__all__ = ["Service", "ServiceStatus"]
+
+T = TypeVar("T")
+
+_SWEEP_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """Counts for `/status` and metrics. `reads_moved`: over the inline budget, run again on a worker."""
+
+    active_calls: int
+    streams: int
+    transactions: int
+    connections: int
+    cursors: int
+    read_batches: int
+    reads_inline: int
+    reads_moved: int
+    reads_sent_on: int
+    draining: bool
+
+
+class Service:
+    """The SQL service of one node. Use as an async context manager on the node's event loop.
+
+    Cancelling a call never cancels a statement that writes: it ends by itself, and the stream is rolled back.
+    """
+
+    def __init__(self, host: Host, limits: Limits = Limits(), clock: Callable[[], float] = time.monotonic) -> None:
+        self._host = host
+        self._limits = limits
+        self._clock = clock
+        self._sessions: dict[int, Session] = {}
+        self._expired: dict[int, float] = {}
+        self._cursors: set[LaneCursor] = set()
+        self._ids = itertools.count(secrets.randbits(48) << 14 | 1)  # so that ids of an earlier process mean nothing
+        self._active = 0
+        self._draining = False
+        self._quiet = asyncio.Event()
+        self._shared: tuple[apsw.Connection, Executor] | None = None
+        self._reads: Reads
+        self._connections: Connections
+        self._tasks: asyncio.TaskGroup
+        self._sweeper: asyncio.Task[None]
+
+    async def __aenter__(self) -> Self:
+        self._reads = Reads(self._host, self._limits, self._clock)
+        self._connections = Connections(self._host.database, self._limits)
+        self._tasks = asyncio.TaskGroup()
+        await self._tasks.__aenter__()
+        self._sweeper = self._tasks.create_task(self._sweep(), name="walship-service-sweep")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._draining = True
+        try:
+            await self._end_streams()
+            self._sweeper.cancel()
+        finally:
+            try:
+                await self._tasks.__aexit__(kind, error, traceback)
+            finally:
+                await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._reads.close()
+        self._connections.close()
+
+    # --- the interface ------------------------------------------------------------------------------------------
+
+    async def pipeline(self, call: Call) -> Reply:
+        """Run a list of requests on a stream. What it raises: see `walship.service.request`."""
+        self._enter(call)
+        try:
+            if call.stream == 0:
+                return await self._pipeline(None, call)
+            session = self._find(call.stream)
+            async with _locked(session, self._limits):
+                return await self._pipeline(session, call)
+        finally:
+            self._leave()
+
+    async def cursor(self, call: Call, batch: Batch) -> CursorReply:
+        """Run a batch and stream its rows; `call.requests` is not looked at. Raises as `pipeline` does.
+
+        Errors of steps, and one that ends the rows early, are among the lines.
+        """
+        self._enter(call)
+        try:
+            if call.stream == 0:
+                return await self._cursor(None, call, batch)
+            session = self._find(call.stream)
+            async with _locked(session, self._limits):
+                return await self._cursor(session, call, batch)
+        finally:
+            self._leave()
+
+    async def close_stream(self, stream: int) -> None:
+        """Close a stream, rolling back what is open. Unknown streams are fine."""
+        session = self._sessions.get(stream)
+        if session is not None:
+            async with _locked(session, self._limits):
+                await self._close_session(session)
+
+    def status(self) -> ServiceStatus:
+        reads = self._reads
+        return ServiceStatus(
+            active_calls=self._active,
+            streams=len(self._sessions),
+            transactions=sum(session.state is not State.AUTOCOMMIT for session in self._sessions.values()),
+            connections=self._connections.in_use,
+            cursors=len(self._cursors),
+            read_batches=reads.batches,
+            reads_inline=reads.inline,
+            reads_moved=reads.moved,
+            reads_sent_on=reads.sent_on,
+            draining=self._draining,
+        )
+
+    async def drain(self, deadline_seconds: float) -> None:
+        """Refuse new streams, let what runs and what is open end for at most `deadline_seconds`, roll back the rest."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                while self._active or self._cursors or any(s.pinned for s in self._sessions.values()):
+                    self._quiet.clear()
+                    await self._quiet.wait()
+        except TimeoutError:
+            pass
+        await self._end_streams()
+
+    # --- pipelines ----------------------------------------------------------------------------------------------
+
+    async def _pipeline(self, session: Session | None, call: Call) -> Reply:
+        texts = {} if session is None else session.texts
+        items, closing = resolve(call.requests, texts, self._limits)
+        needs = look(items, closing=closing)
+        if (session is not None and session.pinned) or needs.own_connection or not needs.certain:
+            return await self._on_stream(session, call, items, needs, closing=closing)
+        counters = Counters() if session is None else session.counters
+        if needs.writes:
+            results, position = await self._write(items, counters, call, needs)
+        else:
+            results, position = await self._read(items, counters, call)
+        return Reply(results, position, await self._kept(session, call, counters, texts, closing=closing), True)
+
+    async def _read(self, items: Sequence[Item], counters: Counters, call: Call) -> tuple[list[bytes], Position]:
+        try:
+            return await self._reads.run(
+                items, counters, floor=call.floor, wait_seconds=call.wait_seconds, level=call.level
+            )
+        except NotReadOnly:
+            self._check_may_write(call)
+        return await self._job(items, counters, call)
+
+    async def _write(
+        self, items: Sequence[Item], counters: Counters, call: Call, needs: Needs
+    ) -> tuple[list[bytes], Position]:
+        self._check_may_write(call)
+        if call.floor is not None:
+            await fresh_enough(self._host, call.floor, call.wait_seconds)
+        # Reads in front need not burden the writer thread; from the first write on it is one job.
+        first = 0
+        while not needs.words and not look(items[first : first + 1], closing=False).writes:
+            first += 1
+        results: list[bytes] = []
+        if any(not isinstance(item, bytes) for item in items[:first]):
+            try:
+                results, _ = await self._reads.run(
+                    items[:first], counters, floor=None, wait_seconds=0, level=call.level
+                )
+            except NotReadOnly:
+                first = 0
+        else:
+            results = [item for item in items[:first] if isinstance(item, bytes)]
+        written, position = await self._job(items[first:], counters, call)
+        return results + written, position
+
+    async def _job(self, items: Sequence[Item], counters: Counters, call: Call) -> tuple[list[bytes], Position]:
+        """Run `items` in the writer thread, as one job of a group (R20). They leave no transaction open."""
+        writer = self._host.writer
+        if writer is None:
+            raise NotLeader(*self._host.leader)
+
+        def job(connection: apsw.Connection) -> list[bytes]:
+            executor = self._shared_executor(connection)
+            executor.start(counters)
+            try:
+                return [item if isinstance(item, bytes) else drive(executor.perform(item)) for item in items]
+            finally:
+                if not connection.get_autocommit():
+                    connection.execute("ROLLBACK")
+
+        done = await writer.submit(job, ack=call.ack)
+        return done.value, done.position
+
+    def _shared_executor(self, connection: apsw.Connection) -> Executor:
+        """The executor of the writer thread's connection; guarded when it is first seen."""
+        if self._shared is None or self._shared[0] is not connection:
+            guard.install(connection, follower=False, shared=True)
+            self._shared = (connection, Executor(connection, self._limits, may_write=True))
+        return self._shared[1]
+
+    def _check_may_write(self, call: Call) -> None:
+        if call.read_only:
+            raise NotReadOnly(
+                "a statement of this request writes, and it was sent as a read. Nothing was changed. "
+                "Send it to the leader, or connect to the proxy."
+            )
+        if self._host.writer is None:
+            raise NotLeader(*self._host.leader)
+
+    # --- streams with a connection ------------------------------------------------------------------------------
+
+    async def _on_stream(
+        self, session: Session | None, call: Call, items: Sequence[Item], needs: Needs, *, closing: bool
+    ) -> Reply:
+        self._check_may_own(session, call, needs)
+        if session is None:
+            session = self._new_session()
+            async with session.lock:
+                return await self._apart(session, self._run_on_stream(session, call, items, needs, closing=closing))
+        return await self._apart(session, self._run_on_stream(session, call, items, needs, closing=closing))
+
+    def _check_may_own(self, session: Session | None, call: Call, needs: Needs) -> None:
+        """A follower gives connections only to transactions that say they only read."""
+        if self._host.writer is not None or (session is not None and session.pinned):
+            return
+        if needs.own_connection or needs.writes or not needs.read_only:
+            self._check_may_write(call)
+
+    async def _run_on_stream(
+        self, session: Session, call: Call, items: Sequence[Item], needs: Needs, *, closing: bool
+    ) -> Reply:
+        results: list[bytes] = []
+        committed: Position | None = None
+        try:
+            await self._open_call(session, call, needs)
+            for item in items:
+                if isinstance(item, bytes):
+                    results.append(item)
+                    continue
+                results.append(await session.perform(item))
+                committed = await session.settle() or committed
+            position = await self._position_of(call)
+        except BaseException as error:
+            await self._close_session(session)
+            if committed is not None and isinstance(error, NotDone):
+                raise OutcomeUnknown(
+                    f"an earlier part of this request was committed and acknowledged at {committed}, and a later part "
+                    f"was not done: {error}"
+                ) from error
+            raise
+        return await self._end_call(session, call, results, position, closing=closing)
+
+    async def _open_call(self, session: Session, call: Call, needs: Needs) -> None:
+        session.begin_call(read_only=call.read_only)
+        if call.floor is not None and session.needs_snapshot:
+            await fresh_enough(self._host, call.floor, call.wait_seconds)
+        await session.own(writer=self._host.writer is not None)
+        session.dirty = session.dirty or needs.own_connection
+
+    async def _position_of(self, call: Call) -> Position:
+        position = seen(self._host)
+        if call.level is Level.ANY:
+            return position
+        return await acknowledged(self._host, position, self._limits.ack_seconds)
+
+    async def _end_call(
+        self, session: Session, call: Call, results: list[bytes], position: Position, *, closing: bool
+    ) -> Reply:
+        autocommit = session.state is State.AUTOCOMMIT
+        if closing:
+            await self._close_session(session)
+            return Reply(results, position, 0, True)
+        if autocommit and not session.dirty:
+            await session.abandon()
+            if not call.keep:
+                await self._close_session(session)
+                return Reply(results, position, 0, True)
+        session.used_at = self._clock()
+        return Reply(results, position, session.id, autocommit)
+
+    async def _apart(self, session: Session, work: Coroutine[None, None, T]) -> T:
+        """Run `work` in a task of ours, so that a caller who is cancelled does not cancel it: the stream is then
+        closed when the work is done, since nobody got its answer."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            try:
+                answer = await work
+            except BaseException as error:  # noqa: BLE001  not swallowed: it is raised where the client waits
+                if not future.done():
+                    future.set_exception(error)
+                return
+            if future.done():
+                await self._close_session(session)
+            else:
+                future.set_result(answer)
+
+        self._tasks.create_task(run(), name=f"walship-stream-{session.id}")
+        return await future
+
+    # --- cursors ------------------------------------------------------------------------------------------------
+
+    async def _cursor(self, session: Session | None, call: Call, batch: Batch) -> CursorReply:
+        texts = {} if session is None else session.texts
+        batch = resolve_batch(batch, texts, self._limits)
+        needs = look([BatchRequest(batch)], closing=False)
+        if (session is not None and session.pinned) or needs.own_connection or not needs.certain:
+            return await self._cursor_on_stream(session, call, batch, needs)
+        counters = Counters() if session is None else session.counters
+        if not needs.writes:
+            try:
+                lines, position = await self._cursor_of_reads(call, batch, counters)
+            except NotReadOnly:
+                self._check_may_write(call)
+                lines, position = await self._cursor_of_job(call, batch, counters)
+        else:
+            self._check_may_write(call)
+            lines, position = await self._cursor_of_job(call, batch, counters)
+        stream = await self._kept(session, call, counters, texts, closing=False)
+        return CursorReply(stream, position, True, lines)
+
+    async def _cursor_of_reads(
+        self, call: Call, batch: Batch, counters: Counters
+    ) -> tuple[AsyncIterator[bytes], Position]:
+        small, position = await self._reads.lines(
+            batch, counters, floor=call.floor, wait_seconds=call.wait_seconds, level=call.level
+        )
+        if small is not None:
+            return _once(small), position
+        lane = await self._connections.take(writer=False)
+        cursor = LaneCursor(self._connections, lane, self._forget_cursor, self._clock)
+        self._cursors.add(cursor)
+        try:
+            position = await cursor.begin(batch, counters, lambda: seen(self._host))
+            if call.level is not Level.ANY:
+                position = await acknowledged(self._host, position, self._limits.ack_seconds)
+        except BaseException:
+            cursor.close()
+            raise
+        return cursor.lines(), position
+
+    async def _cursor_of_job(
+        self, call: Call, batch: Batch, counters: Counters
+    ) -> tuple[AsyncIterator[bytes], Position]:
+        writer = self._host.writer
+        if writer is None:
+            raise NotLeader(*self._host.leader)
+        if call.floor is not None:
+            await fresh_enough(self._host, call.floor, call.wait_seconds)
+
+        def job(connection: apsw.Connection) -> bytes:
+            executor = self._shared_executor(connection)
+            executor.start(counters)
+            try:
+                return self._gather(executor, batch)
+            finally:
+                if not connection.get_autocommit():
+                    connection.execute("ROLLBACK")
+
+        done = await writer.submit(job, ack=call.ack)
+        return _once(done.value), done.position
+
+    def _gather(self, executor: Executor, batch: Batch) -> bytes:
+        """All lines of a batch that writes. Its rows are few; past the bound they are dropped, the work is not."""
+        chunks: list[bytes] = []
+        size = 0
+        for chunk in executor.lines(batch):
+            if isinstance(chunk, Need):
+                raise AssertionError("the writer's connection may write")
+            size += len(chunk)
+            if size <= 3 * self._limits.response_bytes:
+                chunks.append(chunk)
+        if size > 3 * self._limits.response_bytes:
+            chunks.append(hrana.cursor_error(ErrorBody("The response is too large", "RESPONSE_TOO_LARGE")))
+        return b"".join(chunks)
+
+    async def _cursor_on_stream(self, session: Session | None, call: Call, batch: Batch, needs: Needs) -> CursorReply:
+        self._check_may_own(session, call, needs)
+        if session is None:
+            session = self._new_session()
+            async with session.lock:
+                return await self._apart(session, self._run_cursor_on_stream(session, call, batch, needs))
+        return await self._apart(session, self._run_cursor_on_stream(session, call, batch, needs))
+
+    async def _run_cursor_on_stream(self, session: Session, call: Call, batch: Batch, needs: Needs) -> CursorReply:
+        """All lines at once, bounded like any response: a stream is used by one request at a time, so rows that were
+        handed out slowly would hold its transaction, and maybe the write turn, at the client's pace."""
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            await self._open_call(session, call, needs)
+            lines = session.lines(batch)
+            while (chunk := await session.chunk(lines)) is not None:
+                size += len(chunk)
+                if size > 3 * self._limits.response_bytes:
+                    lines.close()
+                    error = ErrorBody("The response is too large; ask for fewer rows at a time", "RESPONSE_TOO_LARGE")
+                    chunks.append(hrana.cursor_error(error))
+                    break
+                chunks.append(chunk)
+            await session.settle()
+            position = await self._position_of(call)
+        except BaseException:
+            await self._close_session(session)
+            raise
+        reply = await self._end_call(session, call, [], position, closing=False)
+        return CursorReply(reply.stream, position, reply.autocommit, _once(b"".join(chunks)))
+
+    def _forget_cursor(self, cursor: LaneCursor) -> None:
+        self._cursors.discard(cursor)
+        self._quiet.set()
+
+    # --- streams: finding, keeping, ending ----------------------------------------------------------------------
+
+    def _enter(self, call: Call) -> None:
+        if self._draining and call.stream == 0:
+            raise Draining("this node is shutting down. Nothing was changed. Try another node, or the proxy.")
+        if self._active >= self._limits.streams:
+            raise Overloaded(f"{self._active} calls are running already. Nothing was changed. Try again.")
+        self._active += 1
+
+    def _leave(self) -> None:
+        self._active -= 1
+        if self._draining:
+            self._quiet.set()
+
+    def _find(self, stream: int) -> Session:
+        session = self._sessions.get(stream)
+        if session is not None and not session.closed:
+            return session
+        if stream in self._expired:
+            raise StatementFailed("The stream has expired due to inactivity", "STREAM_EXPIRED")
+        raise ProtocolViolation("Stream for this baton was closed")
+
+    def _new_session(self) -> Session:
+        if len(self._sessions) >= self._limits.streams:
+            raise Overloaded(
+                f"{len(self._sessions)} streams are open on this node, as many as it allows. "
+                "Nothing was changed. Close streams, or try again."
+            )
+        session = Session(next(self._ids), self._host, self._connections, self._clock(), self._spawn)
+        self._sessions[session.id] = session
+        return session
+
+    async def _kept(
+        self, session: Session | None, call: Call, counters: Counters, texts: dict[int, str], *, closing: bool
+    ) -> int:
+        """The id under which a stream without a connection goes on, or 0."""
+        if closing:
+            if session is not None:
+                await self._close_session(session)
+            return 0
+        if session is None:
+            if not call.keep:
+                return 0
+            session = self._new_session()
+            session.texts, session.counters = texts, counters
+        session.used_at = self._clock()
+        return session.id
+
+    async def _close_session(self, session: Session) -> None:
+        self._sessions.pop(session.id, None)
+        try:
+            await session.close()
+        finally:
+            if self._draining:
+                self._quiet.set()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        self._tasks.create_task(work)
+
+    async def _end_streams(self) -> None:
+        for session in list(self._sessions.values()):
+            async with session.lock:
+                await self._close_session(session)
+        for cursor in list(self._cursors):
+            cursor.close()
+
+    async def _sweep(self) -> None:
+        """Close what nobody uses any more."""
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """One look at all streams and cursors; called by the service itself, and by tests with their own clock."""
+        now, limits = self._clock(), self._limits
+        for session in list(self._sessions.values()):
+            idle = now - session.used_at
+            if session.lock.locked() or idle < limits.transaction_idle_seconds:
+                continue
+            if session.pinned or session.expired:
+                self._expired[session.id] = now + limits.expired_seconds
+                await self._close_session(session)
+            elif idle >= limits.stream_idle_seconds:
+                await self._close_session(session)
+        for cursor in list(self._cursors):
+            if now - cursor.used_at > limits.read_seconds:
+                cursor.close()
+        while self._expired:
+            oldest = next(iter(self._expired))
+            if self._expired[oldest] > now and len(self._expired) <= limits.streams:
+                break
+            del self._expired[oldest]
+
+
+class _locked:
+    """The lock of a stream, waited for within a bound: its calls run one after the other."""
+
+    def __init__(self, session: Session, limits: Limits) -> None:
+        self._session, self._seconds = session, limits.stream_wait_seconds
+
+    async def __aenter__(self) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._session.lock.acquire()
+        except TimeoutError:
+            raise Overloaded(
+                f"an earlier request of this stream still runs after {self._seconds:g} s. This one was not begun."
+            ) from None
+        if self._session.closed:
+            self._session.lock.release()
+            raise ProtocolViolation("Stream for this baton was closed")
+
+    async def __aexit__(self, *_: object) -> None:
+        self._session.lock.release()
+
+
+async def _once(chunk: bytes) -> AsyncIterator[bytes]:
+    if chunk:
+        yield chunk

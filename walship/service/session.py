@@ -1,0 +1,254 @@
+"""A stream with a connection of its own: interactive transactions, PRAGMA settings, TEMP objects (R21).
+
+The connection runs the client's own BEGIN: SQLite's deferred BEGIN takes nothing, the first read takes a snapshot,
+and before the first statement that writes (SQLite says which) the stream waits its turn at the writer. So a state is
+not stored but read off, from SQLite and from the turn held; the table says what may follow what:
+
+    AUTOCOMMIT  no transaction
+    DEFERRED    BEGIN was said; nothing is held
+    READING     a snapshot is held; at the first write the turn is taken, and SQLite answers SQLITE_BUSY
+                (BUSY_SNAPSHOT) if somebody wrote meanwhile
+    WRITING     the turn and SQLite's WRITE lock are held
+    READONLY    BEGIN READONLY: on any node; never takes a turn
+
+At the end of each request a turn is kept only by a transaction that holds SQLite's WRITE lock. Giving it back
+(`Turn.release`) makes what was committed durable and waits for its acknowledgment, and the reply waits for that.
+
+A turn that expires rolls the transaction back; the next call learns it as TransactionTimeout. Nothing else ends a
+statement that writes: a client that goes away is noticed between two statements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+import apsw
+
+from walship.errors import NotLeader, NotReadOnly, TransactionTimeout
+from walship.formats.position import Position
+from walship.hrana.types import Batch, StreamRequest
+from walship.service.connections import Connections, Lane
+from walship.service.executor import Counters, Lines, Need, Program
+from walship.service.request import Host
+
+if TYPE_CHECKING:
+    from walship.engine.writer import Turn
+
+__all__ = ["FOLLOWS", "Session", "State"]
+
+
+class State(StrEnum):
+    """Where a stream stands between two requests."""
+
+    AUTOCOMMIT = "autocommit"
+    DEFERRED = "deferred"
+    READING = "reading"
+    WRITING = "writing"
+    READONLY = "readonly"
+
+
+FOLLOWS: Final[dict[State, frozenset[State]]] = {
+    # A request may be a whole batch, so any state can be reached from autocommit, and autocommit from any.
+    State.AUTOCOMMIT: frozenset(State),
+    State.DEFERRED: frozenset(State) - {State.READONLY},
+    State.READING: frozenset(State) - {State.READONLY},
+    State.WRITING: frozenset(State) - {State.READONLY},
+    State.READONLY: frozenset((State.READONLY, State.AUTOCOMMIT)),
+}
+"""`FOLLOWS[state]`: the states that one request can lead to. Anything else is a fault of ours."""
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One stream. Without a lane it is only a record: stored texts and counters.
+
+    Not safe for two calls at once: the service holds `lock` around each.
+    """
+
+    id: int
+    host: Host
+    connections: Connections
+    used_at: float
+    spawn: Callable[[Coroutine[None, None, None]], None]
+    texts: dict[int, str] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lane: Lane | None = None
+    turn: Turn | None = None
+    state: State = State.AUTOCOMMIT
+    dirty: bool = False
+    closed: bool = False
+    expired: bool = False
+    _running: bool = False
+    _read_only: bool = False
+
+    @property
+    def pinned(self) -> bool:
+        """Does the stream own anything that must be on this node?"""
+        return self.lane is not None
+
+    @property
+    def needs_snapshot(self) -> bool:
+        """Will the next read take a new snapshot? Then the call's floor can be asked for."""
+        return self.state in (State.AUTOCOMMIT, State.DEFERRED)
+
+    async def own(self, *, writer: bool) -> None:
+        """Give the stream a connection, unless it has one. Raises Overloaded."""
+        if self.lane is None:
+            self.lane = await self.connections.take(writer=writer)
+            self.lane.executor.start(self.counters)
+
+    def begin_call(self, *, read_only: bool) -> None:
+        """A call starts: a fresh response budget. Raises TransactionTimeout when the turn was lost since the last."""
+        if self.expired:
+            raise TransactionTimeout(
+                "this transaction held the write turn too long while others waited, and was rolled back. "
+                "Nothing of it was kept. Begin again on a new stream."
+            )
+        self._read_only = read_only
+        if self.lane is not None:
+            self.lane.executor.start(self.counters)
+
+    async def perform(self, request: StreamRequest) -> bytes:
+        """Run one request and return its StreamResult. Afterwards the turn is given back unless it must be kept."""
+        program = self._lane.executor.perform(request)
+        answer = await self._drive(lambda: _advance(program))
+        assert answer is not None
+        return answer
+
+    def lines(self, batch: Batch) -> Lines:
+        """The cursor entries of a batch, to be pulled with `chunk`."""
+        return self._lane.executor.lines(batch)
+
+    async def chunk(self, lines: Lines) -> bytes | None:
+        """The next chunk of a cursor on this stream, or None at its end."""
+        return await self._drive(lambda: next(lines, None))
+
+    async def settle(self) -> Position | None:
+        """After a request: read off the state; give the turn back unless a transaction needs it.
+
+        Returns the position of what was committed, once acknowledged; None when no turn ended.
+        """
+        lane = self._lane
+        state = _observe(lane, holds_turn=self.turn is not None)
+        if state not in FOLLOWS[self.state]:
+            raise AssertionError(f"stream {self.id} went from {self.state} to {state}")
+        self.state = state
+        if self.turn is None or state is State.WRITING:
+            return None
+        return await self._release()
+
+    async def close(self) -> None:
+        """Roll back what is open and let everything go. Idempotent."""
+        self.closed = True
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """Roll back, give back the turn and the connection; the record stays."""
+        lane, self.lane = self.lane, None
+        try:
+            if lane is not None and self.turn is not None:
+                await self.connections.run(lane, lambda: _roll_back(lane))
+                await self._release()
+        finally:
+            self.state = State.AUTOCOMMIT
+            if lane is not None:
+                lane.executor.may_write = False
+                self.connections.give_back(lane, clean=not self.dirty)
+            self.dirty = False
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    @property
+    def _lane(self) -> Lane:
+        assert self.lane is not None
+        return self.lane
+
+    async def _drive(self, advance: Callable[[], Need | bytes | None]) -> bytes | None:
+        """Advance a program in the pool until it gives something else than a need; meet its needs in between."""
+        lane = self._lane
+        while True:
+            self._running = True
+            if self.turn is not None:
+                self.turn.begin_statement()
+            try:
+                outcome = await self.connections.run(lane, advance)
+            finally:
+                self._running = False
+                if self.turn is not None:
+                    self.turn.end_statement()
+            self._raise_if_expired()
+            if not isinstance(outcome, Need):
+                return outcome
+            await self._take_turn(lane)
+
+    def _raise_if_expired(self) -> None:
+        if self.expired:
+            raise TransactionTimeout(
+                "this transaction held the write turn longer than allowed and was rolled back. "
+                "Nothing of it was kept. Begin again on a new stream, with smaller transactions."
+            )
+
+    async def _take_turn(self, lane: Lane) -> None:
+        writer = self.host.writer
+        if self._read_only:
+            raise NotReadOnly("a statement writes, and the call allows only reads. Nothing was changed by it.")
+        if writer is None or not lane.writer:
+            raise NotLeader(*self.host.leader)
+        turn = await writer.turn()
+
+        def on_expire() -> None:
+            if self.turn is turn:
+                self._on_expire()
+
+        turn.on_expire = on_expire
+        self.turn = turn
+        lane.executor.may_write = True
+        if turn.expired:
+            on_expire()
+
+    async def _release(self) -> Position | None:
+        turn, self.turn = self.turn, None
+        if self.lane is not None:
+            self.lane.executor.may_write = False
+        return None if turn is None else await turn.release()
+
+    def _on_expire(self) -> None:
+        """The writer takes the turn back (on the loop). A statement that runs is stopped, and its call ends the rest;
+        an idle transaction is rolled back at once, since others wait."""
+        self.expired = True
+        if self._running and self.lane is not None:
+            self.lane.connection.interrupt()
+        elif not self._running:
+            self.spawn(self.abandon())
+
+
+def _advance(program: Program) -> Need | bytes:
+    try:
+        return next(program)
+    except StopIteration as end:
+        answer: bytes = end.value
+        return answer
+
+
+def _observe(lane: Lane, *, holds_turn: bool) -> State:
+    connection = lane.connection
+    if connection.get_autocommit():
+        return State.AUTOCOMMIT
+    if lane.executor.readonly_transaction:
+        return State.READONLY
+    held = connection.txn_state()
+    if held == apsw.SQLITE_TXN_WRITE:
+        if not holds_turn:
+            raise AssertionError("a transaction holds SQLite's write lock without the write turn")
+        return State.WRITING
+    return State.READING if held == apsw.SQLITE_TXN_READ else State.DEFERRED
+
+
+def _roll_back(lane: Lane) -> None:
+    if not lane.connection.get_autocommit():
+        lane.connection.execute("ROLLBACK")
