@@ -130,7 +130,7 @@ def inspect(path: Path) -> Verdict:
         notes = _check_locks(path, file.fileno(), journal)
         _check_journal(path, real, file.fileno())
     _check_wal(path, real, journal)
-    page_size = _check_content(path, real, journal)
+    page_size = _check_content(path, real, journal, in_use=bool(notes))
     if journal is Journal.ROLLBACK:
         notes.append(f"{real} will be switched from rollback-journal to WAL mode; any SQLite since 3.7 reads it")
     return Verdict(real, journal, max(size, _size(_beside(real, "-wal"))), page_size, tuple(notes))
@@ -295,17 +295,20 @@ def _check_wal(path: Path, real: Path, journal: Journal) -> None:
         )
 
 
-def _check_content(path: Path, real: Path, journal: Journal) -> int:
+def _check_content(path: Path, real: Path, journal: Journal, *, in_use: bool) -> int:
     """SQLite's own quick_check; returns the page size.
 
-    Without a -wal the file is first opened `immutable`: no lock, no -shm, nothing left beside it. If that finds
-    damage, somebody may have been writing at the same time, so the second look takes the ordinary locks.
+    Without a -wal the file is opened `immutable`: no lock, no -shm, nothing left beside it. Where somebody may be
+    writing at the same time, damage found that way is looked at again under the ordinary locks.
     """
     if journal is Journal.NEW:
         return 0
     if _size(_beside(real, "-wal")) == 0:
-        with contextlib.suppress(DatabaseRefused):
+        try:
             return _quick_check(path, real, "mode=ro&immutable=1")
+        except DatabaseRefused:
+            if journal is Journal.WAL and not in_use:
+                raise
     return _quick_check(path, real, "mode=ro")
 
 
