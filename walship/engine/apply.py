@@ -85,9 +85,17 @@ class Applier:
                 "find out who writes to a follower's file and stop it."
             ) from error
 
-    def accept_header(self) -> None:
-        """Take the header as it is now for ours: after our own checkpoint, which changes salts and mxFrame."""
+    def adopt(self) -> None:
+        """Take the file as it is, whoever wrote it: it is about to be replaced whole (a re-seed)."""
         self._left = self._database.index.header()
+        self._database.index.forget_slots()
+
+    def accept_emptied(self) -> None:
+        """Our own TRUNCATE emptied the -wal. Content and change counter stand, or somebody else wrote meanwhile,
+        which the next `apply` then finds."""
+        header = self._database.index.header()
+        if header.change == self._left.change:
+            self._left = header
         self._database.index.forget_slots()
 
     def mx_frame(self) -> int:

@@ -23,6 +23,7 @@ __all__ = ["Capture", "Captured", "WalPoint"]
 
 _HELD_BYTES = 16 << 20  # R6: nothing holds more of a frame in memory
 _CHUNK_BYTES = 4 << 20
+_SMALL_CHUNK_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,10 @@ class Captured:
     commit: int
     newest: dict[int, int]
     data: bytes | None
+
+    @property
+    def salts(self) -> tuple[int, int]:
+        return self.until.salts
 
     @property
     def offset_bytes(self) -> int:
@@ -122,9 +127,11 @@ class Capture:
         newest: dict[int, int] = {}
         data: bytes | None = None
         checksum = since.checksum
+        # One commit at a time is read in small pieces, so that a recount of many stays linear.
+        held_bytes, chunk_bytes = (0, _SMALL_CHUNK_BYTES) if one_commit else (_HELD_BYTES, _CHUNK_BYTES)
         done = 0
         while done < total:
-            size = min(total - done, total if total <= _HELD_BYTES else max(1, _CHUNK_BYTES // step) * step)
+            size = min(total - done, total if total <= held_bytes else max(1, chunk_bytes // step) * step)
             chunk = _pread(database.wal_fd, size, offset + done, since)
             for at in range(0, size, step):
                 pgno, frame_commit, salt1, salt2, sum1, sum2 = FRAME_HEADER_LAYOUT.unpack_from(chunk, at)
@@ -141,7 +148,7 @@ class Capture:
                     if one_commit:
                         break
             done += size
-            if size == total:
+            if size == total and not one_commit:
                 data = chunk
             if one_commit and commits:
                 break

@@ -14,7 +14,8 @@ moved forward only inside `checkpoint` and right after a generation began (engin
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import apsw
 
@@ -242,9 +243,32 @@ class Leader:
         failpoints.reach("generation.based")
 
 
+class Commits(Protocol):
+    """What `log_captured` packs: `Captured`, or what stands for it when a -wal could not be counted.
+
+    `data` None: too large to be held, so the frame is streamed.
+    """
+
+    @property
+    def database(self) -> Database: ...
+    @property
+    def commits(self) -> int: ...
+    @property
+    def commit(self) -> int: ...
+    @property
+    def salts(self) -> tuple[int, int]: ...
+    @property
+    def offset_bytes(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def data(self) -> bytes | None: ...
+    def pages(self) -> Iterable[tuple[int, bytes | memoryview]]: ...
+
+
 def log_captured(
     log: Log,
-    captured: Captured,
+    captured: Commits,
     checksums: PageChecksums,
     *,
     cluster: bytes,
@@ -285,8 +309,7 @@ def log_captured(
         timestamp_ms=header.time_ms,
         wal_offset=captured.offset_bytes,
         wal_size=captured.size_bytes,
-        salt1=captured.until.salts[0],
-        salt2=captured.until.salts[1],
+        wal_salts=captured.salts,
     )
     if captured.data is not None:
         data = encode_frame(header, ltx.encode(payload, captured.pages(), previous_commit=previous.commit))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from walship.engine import failpoints
 from walship.engine.durable_state import StateFile
+from walship.engine.log import Log
+from walship.engine.retention import Pin
 from walship.errors import CorruptData, StorageFailed
 from walship.formats.checksum import PageChecksums
 from walship.formats.position import Tip
@@ -22,12 +24,23 @@ _EVERY_BYTES = 64 << 20  # log bytes between marks: what a restart replays at mo
 
 
 class Marks:
-    """The mark of one node: `save` it, `load` it at start. `log_bytes` reads how much was ever appended to the log."""
+    """The mark of one node: `save` it, `load` it at start. Used from one thread at a time."""
 
     def __init__(self, directory: Path, state: StateFile) -> None:
         self._directory = directory
         self._state = state
         self._bytes_since = 0
+        self._pin: Pin | None = None
+
+    def attach(self, log: Log) -> None:
+        """Keep `log` from the mark on: a restart replays it. Again after the log was reset."""
+        tip = self.tip
+        self._pin = None if tip is None else log.pin(tip.position)
+
+    def touch(self) -> None:
+        """The log's retention is about to run: the mark still needs its frames."""
+        if self._pin is not None:
+            self._pin.touch()
 
     @property
     def tip(self) -> Tip | None:
@@ -70,6 +83,8 @@ class Marks:
         old = self.tip
         self._state.update(mark=tip)
         failpoints.reach("follower.marked")
+        if self._pin is not None:
+            self._pin.move(tip.position)
         self._bytes_since = 0
         if old is not None and old.position != tip.position:
             with contextlib.suppress(FileNotFoundError):

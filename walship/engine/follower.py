@@ -1,0 +1,402 @@
+"""A node's following side, as the subscriber sees it: frames in, acknowledgments out, seeds when history broke.
+
+Two threads do the work: `Intake` (append to the log, fsync) and `Replayer` (apply to the database). This object lives
+on the event loop and joins them. Before the first seed there is no database, and nothing to read from.
+
+What an acknowledgment says: `durable` is fsynced in the log here. A voter whose applying lags too far behind holds
+its acknowledgments back, so that a promotion never has to wait for it (R13). With n >= 2, and on every non-voter,
+applying waits until the leader's acknowledged position covers the frame, so that no reader sees what may yet be lost
+(R15).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from walship.engine.database import Database
+from walship.engine.durable_state import StateFile
+from walship.engine.intake import Intake
+from walship.engine.log import Log, LogLimits
+from walship.engine.marks import Marks
+from walship.engine.replayer import Replayer
+from walship.engine.replica import Replica
+from walship.engine.seed import SeedFile, complete_install, finish_install
+from walship.engine.watermarks import Watermarks
+from walship.errors import CorruptData, HistoryMismatch, StorageFailed
+from walship.formats.frame import FrameHeader, SnapshotHeader
+from walship.formats.position import Position, Tip
+
+__all__ = ["Follower", "FollowerSeed", "LagMeter"]
+
+_log = logging.getLogger("walship.engine")
+
+_HELD_ACKS_BYTES = 64 << 20  # R13
+_HELD_ACKS_SECONDS = 1.0
+_EVERYTHING = Position(1 << 63, 1 << 63)
+
+
+@dataclass(slots=True)
+class LagMeter:
+    """Lag in seconds on this node's own monotonic clock: how long ago the oldest position not yet applied was heard."""
+
+    _heard: deque[tuple[Position, float]]
+
+    @classmethod
+    def new(cls) -> LagMeter:
+        return cls(deque(maxlen=4096))
+
+    def heard(self, tip: Position, now: float) -> None:
+        if not self._heard or (tip.term, tip.txid) > (self._heard[-1][0].term, self._heard[-1][0].txid):
+            self._heard.append((tip, now))
+
+    def seconds(self, applied: Position, now: float) -> float:
+        while self._heard and (applied.term, applied.txid) >= (self._heard[0][0].term, self._heard[0][0].txid):
+            self._heard.popleft()
+        return now - self._heard[0][1] if self._heard else 0.0
+
+
+class Follower:
+    """Implements `replication.subscriber.Sink`. Create it on the event loop.
+
+    Args:
+        replica: what recovery opened, or None when the node has no database yet (or a broken one).
+        acks: acknowledgments the cluster waits for; voter: whether this node's count.
+        on_replica: called on the loop when the first seed made a database.
+        on_failure: called on the loop with StorageFailed or an unforeseen error: the process must end.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        state: StateFile,
+        cluster: bytes,
+        voter: bool,
+        acks: int,
+        limits: LogLimits,
+        replica: Replica | None,
+        marks: Marks,
+        watermarks: Watermarks,
+        on_replica: Callable[[Replica], None],
+        on_failure: Callable[[BaseException], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.voter = voter
+        self.replica = replica
+        self.watermarks = watermarks
+        self.lag = LagMeter.new()
+        self.keep_from = 0
+        self.leader_tip: Position | None = None
+        self.mismatches: list[str] = []
+        self._directory = directory
+        self._state = state
+        self._cluster = cluster
+        self._limits = limits
+        self._marks = marks
+        self._applies_at_once = voter and acks <= 1
+        self._on_replica = on_replica
+        self._on_failure = on_failure
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._progressed = asyncio.Event()
+        self._needs_seed = replica is None
+        self._behind_since: float | None = None
+        self._logged_bytes = self._applied_bytes = 0
+        self._intake: Intake | None = None
+        self._replayer: Replayer | None = None
+        watermarks.on_change(self._on_marks)
+        if replica is not None:
+            self._start(replica)
+
+    # --- Sink: what the subscriber asks -----------------------------------------------------------------------
+
+    @property
+    def tip(self) -> Tip | None:
+        return None if self._needs_seed or self._intake is None else self._intake.tip
+
+    @property
+    def promised(self) -> int:
+        return self._state.state.promised
+
+    @property
+    def page_size(self) -> int:
+        return self.replica.database.page_size if self.replica is not None else 0
+
+    def promise(self, term: int) -> None:
+        if term > self._state.state.promised:
+            self._state.update(promised=term)
+
+    async def receive(self, header: FrameHeader, data: bytes) -> None:
+        await self._live_intake().receive(header, data)
+
+    async def begin(self, header: FrameHeader) -> None:
+        await self._live_intake().begin(header)
+
+    async def part(self, record: bytes) -> None:
+        await self._live_intake().part(record)
+
+    async def end(self, record: bytes) -> None:
+        await self._live_intake().end(record)
+
+    async def abandon(self) -> None:
+        if self._intake is not None:
+            await self._intake.abandon()
+
+    def heard(self, *, tip: Position, acked: Position, leader_time_ms: int, keep_from: int) -> None:
+        self.leader_tip = tip
+        self.lag.heard(tip, self._clock())
+        self.keep_from = keep_from
+        known = self.watermarks.acked
+        if (acked.term, acked.txid) > (known.term, known.txid):
+            self.watermarks.acked = acked
+            if not self._applies_at_once and self._replayer is not None:
+                self._replayer.wake()
+
+    async def progress(self, after: tuple[Position, Position] | None) -> tuple[Position, Position]:
+        while True:
+            now = (self._acknowledged(after[0] if after else None), self.watermarks.applied)
+            if now != after:
+                return now
+            self._progressed.clear()
+            # A held-back acknowledgment is looked at again though no mark moves.
+            try:
+                async with asyncio.timeout(0.05 if self._behind_since is not None else None):
+                    await self._progressed.wait()
+            except TimeoutError:
+                continue
+
+    async def seed(self, header: SnapshotHeader) -> FollowerSeed:
+        return await asyncio.to_thread(FollowerSeed, self, SeedFile, self._directory, header)
+
+    def history(self, terms: list[tuple[int, int]]) -> None:
+        for term, start in terms:
+            self.watermarks.add_term(term, start)
+
+    def mismatch(self, error: HistoryMismatch) -> None:
+        _log.error("history differs from the leader's, asking for a snapshot error=%s", error)
+        self.mismatches.append(str(error))
+        self._needs_seed = True
+
+    # --- lifetime ---------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Log what was received, save a mark, end both threads. The replica stays open. Idempotent."""
+        if self._intake is not None:
+            await self._intake.stop()
+        if self._replayer is not None:
+            await asyncio.to_thread(self._replayer.stop)
+
+    def lag_seconds(self) -> float:
+        return self.lag.seconds(self.watermarks.applied, self._clock())
+
+    def batches(self) -> int:
+        """Commits made by applying, each of one or more frames."""
+        return self._replayer.batches if self._replayer is not None else 0
+
+    async def run_between_batches(self, function: Callable[[], Any]) -> Any:
+        """Run `function` in the applying thread, while nothing is applied (to pin a snapshot at an exact position)."""
+        replayer = self._replayer
+        if replayer is None:
+            raise StorageFailed("this node has no database yet; it waits for its first snapshot")
+        future: asyncio.Future[Any] = self._loop.create_future()
+
+        def done(value: Any, error: BaseException | None) -> None:
+            self._loop.call_soon_threadsafe(_settle, future, value, error)
+
+        replayer.run(function, done)
+        return await future
+
+    async def install(self, seed: SeedFile) -> None:
+        """Verify `seed` and make it this node's state. The old one stands until then."""
+        await asyncio.to_thread(seed.finish)
+        header = seed.header
+        replica = self.replica
+        await self.abandon()
+        if replica is None:
+            await asyncio.to_thread(seed.announce, self._state)
+            seed.close()
+            replica = await asyncio.to_thread(self._install_first, header)
+        elif replica.database.page_size != header.page_size:
+            await asyncio.to_thread(seed.announce, self._state)
+            seed.close()
+            error = StorageFailed(
+                f"the snapshot has pages of {header.page_size} bytes, this database {replica.database.page_size}: "
+                "it is put in place at the next start. Nothing is lost; this node restarts now."
+            )
+            self._on_failure(error)
+            raise error
+        else:
+            if self._intake is not None:
+                await self._intake.stop()
+            await self._revive(replica)
+            await self.run_between_batches(lambda: self._install_live(seed, replica))
+            await asyncio.to_thread(seed.abort)
+            await asyncio.to_thread(self._replayer_or_fail().stop)
+        self._needs_seed = False
+        self._start(replica)
+        self._on_replica(replica)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _start(self, replica: Replica) -> None:
+        self.replica = replica
+        marks = self.watermarks
+        tip = replica.log.tip.position
+        for term, start in replica.log.terms().starts():
+            marks.add_term(term, start)
+        marks.publishing = tip
+        marks.applied = tip
+        marks.logged = tip
+        self._replayer = Replayer(
+            replica,
+            marks,
+            bound=self._bound,
+            on_failure=lambda error: self._from_thread(self._thread_failed, error),
+        )
+        self._intake = Intake(
+            replica.log,
+            on_logged=self._on_logged,
+            on_failure=lambda error: self._from_thread(self._thread_failed, error),
+        )
+        self._replayer.start()
+
+    def _bound(self) -> Position:
+        """Replayer thread: how far may be applied. Only what is durable here, so that the log is never behind the
+        database."""
+        logged = self.watermarks.logged
+        if self._applies_at_once:
+            return logged
+        acked = self.watermarks.acked
+        return min(logged, acked, key=lambda position: (position.term, position.txid))
+
+    def _on_logged(self, tip: Tip, size_bytes: int) -> None:
+        """Intake thread."""
+        self._logged_bytes += size_bytes
+        self.watermarks.logged = tip.position
+        if self._replayer is not None:
+            self._replayer.wake()
+
+    def _acknowledged(self, last: Position | None) -> Position:
+        """What may be acknowledged now: everything logged, unless applying lags too far (R13)."""
+        marks = self.watermarks
+        logged, applied = marks.logged, marks.applied
+        if logged == applied or not self._applies_at_once:
+            self._behind_since = None
+            self._applied_bytes = self._logged_bytes
+            return logged
+        now = self._clock()
+        self._behind_since = self._behind_since or now
+        if applied != last and self._logged_bytes - self._applied_bytes <= _HELD_ACKS_BYTES:
+            self._behind_since = now  # it moves, and not far behind
+        held = (
+            self._logged_bytes - self._applied_bytes > _HELD_ACKS_BYTES or now - self._behind_since > _HELD_ACKS_SECONDS
+        )
+        return max(last or applied, applied, key=lambda p: (p.term, p.txid)) if held else logged
+
+    def _on_marks(self) -> None:
+        self._progressed.set()
+
+    def _live_intake(self) -> Intake:
+        if self._intake is None:
+            raise HistoryMismatch("frames arrived before a snapshot; this node has no database yet")
+        return self._intake
+
+    def _replayer_or_fail(self) -> Replayer:
+        if self._replayer is None:
+            raise StorageFailed("this node has no database yet")
+        return self._replayer
+
+    async def _revive(self, replica: Replica) -> None:
+        """A replayer that ended in a mismatch is gone: start one that is idle, to install a seed in its thread."""
+        replayer = self._replayer
+        if replayer is not None and replayer.alive:
+            return
+        at = self.watermarks.applied
+        self._replayer = Replayer(replica, self.watermarks, bound=lambda: at, on_failure=self._on_failure)
+        self._replayer.start()
+
+    def _install_first(self, header: SnapshotHeader) -> Replica:
+        tip = header.tip
+        log = Log.open(self._directory / "log", cluster=self._cluster, base=tip, limits=self._limits)
+        finish_install(self._directory, self._state, self._cluster, log, self._marks)
+        database = Database.open(Path(self._state.state.database_path))
+        checksums = self._marks.load()
+        if checksums is None:
+            raise CorruptData(f"the page checksums of {tip} cannot be read back")
+        self._marks.attach(log)
+        return Replica(database, log, checksums, self._marks)
+
+    def _install_live(self, seed: SeedFile, replica: Replica) -> None:
+        """Replayer thread: the whole image as one batch over the live database. Readers keep what they see."""
+        tip = seed.header.tip
+        replayer = self._replayer_or_fail()
+        seed.announce(self._state)
+        marks = self.watermarks
+        floor = marks.applied
+        # Readers may have been shown a longer history that is no more (a re-seed); positions never fall in one life.
+        shown = tip.position if (tip.position.term, tip.position.txid) >= (floor.term, floor.txid) else floor
+
+        def publishing() -> None:
+            marks.publishing = shown
+
+        replayer.applier.adopt()
+        replayer.applier.apply(seed.batch(), sync=True, publishing=publishing)
+        replica.checksums = seed.checksums
+        replica.log.reset(tip, self.watermarks.history)
+        complete_install(self._state, self._marks, tip, seed.checksums)
+        self._marks.attach(replica.log)
+        replayer.reset(tip)
+
+    def _thread_failed(self, error: BaseException) -> None:
+        """On the loop: a broken copy re-seeds, everything else ends the process."""
+        if isinstance(error, (CorruptData, HistoryMismatch)):
+            self.mismatch(error if isinstance(error, HistoryMismatch) else HistoryMismatch(str(error)))
+            self._progressed.set()
+        else:
+            self._on_failure(error)
+
+    def _from_thread(self, function: Callable[[BaseException], None], error: BaseException) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, error)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+
+class FollowerSeed:
+    """Implements `replication.subscriber.Seed` for `Follower.seed`."""
+
+    def __init__(
+        self,
+        follower: Follower,
+        make: Callable[[Path, SnapshotHeader], SeedFile],
+        directory: Path,
+        header: SnapshotHeader,
+    ) -> None:
+        self._follower = follower
+        self._file = make(directory, header)
+
+    async def write(self, data: bytes) -> None:
+        await asyncio.to_thread(self._file.write, data)
+
+    async def install(self) -> None:
+        await self._follower.install(self._file)
+
+    async def abort(self) -> None:
+        await asyncio.to_thread(self._file.abort)
+
+
+def _settle(future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(value)

@@ -1,0 +1,193 @@
+"""The applying half of a follower: durable frames of the log into its -wal, in its own thread (engine.md 2).
+
+What has queued is merged into one commit, so a follower that lags catches up faster than it fell behind. Each batch
+is checked before anything is published: the page checksums after it must give the frame's rolling checksum.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from walship.engine.apply import Applier
+from walship.engine.checkpoint import CheckpointPolicy, Step, passive, truncate
+from walship.engine.log import FrameRef
+from walship.engine.replay import merge_frames
+from walship.engine.replica import Replica
+from walship.engine.watermarks import Watermarks
+from walship.errors import CorruptDatabase
+from walship.formats.checksum import page_checksum
+from walship.formats.position import Position, Tip
+from walship.formats.wal import FRAME_HEADER_SIZE
+
+__all__ = ["Replayer"]
+
+_log = logging.getLogger("walship.engine")
+
+_MERGED_FRAMES = 512
+_MERGED_BYTES = 16 << 20
+_TRUNCATE_MS = 20
+_PATIENT_TRUNCATE_MS = 1000
+
+
+class Replayer:
+    """Applies frames of `replica.log` up to `bound()`; used by `Follower`.
+
+    on_applied: called in the thread after each batch. on_failure: called once, with what made the thread end.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        watermarks: Watermarks,
+        *,
+        bound: Callable[[], Position],
+        on_failure: Callable[[BaseException], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._replica = replica
+        self._watermarks = watermarks
+        self._bound = bound
+        self._on_failure = on_failure
+        self._clock = clock
+        self._applier = Applier(replica.database)
+        self._checkpointer = replica.database.connect_writer()
+        self._policy = CheckpointPolicy()
+        self._tasks: deque[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]] = deque()
+        self._changed = threading.Condition()
+        self._woken = True
+        self._stopping = False
+        self.applied: Tip = replica.log.tip
+        self.batches = 0
+        self._thread = threading.Thread(target=self._main, name="walship-replayer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There may be more to apply. From any thread."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def run(self, function: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+        """Run `function` in the thread, between two batches; `done` gets its value or error, in the thread."""
+        with self._changed:
+            self._tasks.append((function, done))
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Apply nothing more, save a mark, end the thread. Blocks until it has ended; idempotent."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def applier(self) -> Applier:
+        """For a seed that is installed under live readers, inside `run`."""
+        return self._applier
+
+    def reset(self, tip: Tip) -> None:
+        """The database was replaced by the state at `tip` and the log begins there. Inside `run`."""
+        self.applied = tip
+
+    def mark(self) -> None:
+        """Make everything applied durable in the database and its -wal, and remember it (R8)."""
+        self._replica.database.sync_wal()
+        self._replica.marks.save(self.applied, self._replica.checksums)
+
+    def _main(self) -> None:
+        try:
+            while self._turn():
+                pass
+            self.mark()
+        except BaseException as error:  # noqa: BLE001 - handed to the owner, who decides between re-seed and exit
+            _log.error("replayer failed at=%s error=%s", self.applied.position, error)
+            self._on_failure(error)
+        finally:
+            self._checkpointer.close(True)
+
+    def _turn(self) -> bool:
+        with self._changed:
+            while not (self._woken or self._tasks or self._stopping):
+                self._changed.wait()
+            self._woken = False
+            tasks, self._tasks = self._tasks, deque()
+            if self._stopping and not tasks:
+                return False
+        for function, done in tasks:
+            try:
+                value = function()
+            except BaseException as error:  # noqa: BLE001 - delivered to the caller
+                done(None, error)
+            else:
+                done(value, None)
+        while not self._stopping and (refs := self._next_frames()):
+            self._apply(refs)
+            self._checkpoint()
+        return True
+
+    def _next_frames(self) -> list[FrameRef]:
+        bound = self._bound()
+        limit = (bound.term, bound.txid)
+        refs: list[FrameRef] = []
+        size_bytes = 0
+        for ref in itertools.islice(self._replica.log.frames_after(self.applied.position), _MERGED_FRAMES):
+            position = ref.header.position
+            size_bytes += ref.payload_bytes
+            if (position.term, position.txid) > limit or (refs and size_bytes > _MERGED_BYTES):
+                break
+            refs.append(ref)
+        return refs
+
+    def _apply(self, refs: list[FrameRef]) -> None:
+        last = refs[-1].header
+        batch = merge_frames(self._replica.log, refs)
+        for ref in refs:
+            if ref.header.is_term_start:
+                self._watermarks.add_term(ref.header.term, ref.header.previous.txid)
+        if batch is not None:
+            sums = {pgno: page_checksum(pgno, page) for pgno, page in zip(batch.pgnos, batch.pages(), strict=True)}
+            rolling = self._replica.checksums.set_many(sums, batch.commit)
+            if rolling != last.checksum:
+                raise CorruptDatabase(
+                    f"applying up to {last.position} would give checksum {rolling:016x}, the leader has "
+                    f"{last.checksum:016x}: this copy differs from the leader's. Nothing was published; it re-seeds."
+                )
+        if batch is not None and batch.pgnos:
+            self._applier.apply(batch, sync=False, publishing=lambda: self._publishing(last.position))
+        else:
+            self._publishing(last.position)
+        self.applied = last.tip
+        self.batches += 1
+        self._watermarks.applied = last.position
+        self._replica.marks.appended(sum(ref.size_bytes for ref in refs))
+        if self._replica.marks.due():
+            self.mark()
+
+    def _publishing(self, position: Position) -> None:
+        self._watermarks.publishing = position
+
+    def _checkpoint(self) -> None:
+        frame_bytes = FRAME_HEADER_SIZE + self._replica.database.page_size
+        step = self._policy.decide(self._applier.mx_frame() * frame_bytes, self._clock())
+        if step is Step.NOTHING:
+            return
+        if step is Step.PASSIVE:
+            passive(self._checkpointer)
+            return
+        timeout_ms = _TRUNCATE_MS if step is Step.TRUNCATE else _PATIENT_TRUNCATE_MS
+        if truncate(self._checkpointer, timeout_ms):
+            self._policy.emptied()
+            self._applier.accept_emptied()

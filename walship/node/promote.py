@@ -1,0 +1,144 @@
+"""Becoming the leader of a term on this node, in the durable order of R2."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from walship.engine import failpoints
+from walship.engine.capture import WalPoint
+from walship.engine.database import Database
+from walship.engine.durable_state import StateFile, Truth, WalBase
+from walship.engine.leader import Leader, log_captured
+from walship.engine.log import FrameRef
+from walship.engine.replica import Replica
+from walship.engine.snapshot import Snapshot
+from walship.engine.watermarks import Watermarks
+from walship.errors import CorruptDatabase
+from walship.formats.frame import FrameFlags, FrameHeader, encode_frame
+from walship.formats.position import Position
+
+__all__ = ["promote"]
+
+_log = logging.getLogger("walship.node")
+
+
+def promote(
+    replica: Replica,
+    state: StateFile,
+    watermarks: Watermarks,
+    *,
+    cluster: bytes,
+    term: int,
+    now_ms: Callable[[], int],
+    on_frame: Callable[[FrameRef, bytes | None], None],
+) -> Leader:
+    """Open `term` on a replica that is applied to the end of its log. The term was claimed in the store before.
+
+    Only after this returns may the term be announced or its frames be shipped. Raises CorruptDatabase when the copy is
+    not what the log's last frame says; nothing of the term exists then.
+    """
+    database, log = replica.database, replica.log
+    database.sync_wal()
+    tip = log.tip
+    if replica.checksums.rolling != tip.checksum:
+        raise CorruptDatabase(
+            f"{database.path}: checksum {replica.checksums.rolling:016x}, the log's last frame says "
+            f"{tip.checksum:016x}. This node must not lead; it re-seeds."
+        )
+    header = FrameHeader(
+        flags=FrameFlags.TERM_START,
+        cluster=cluster,
+        database=1,
+        term=term,
+        min_txid=tip.position.txid + 1,
+        max_txid=tip.position.txid,
+        previous=tip.position,
+        previous_checksum=tip.checksum,
+        checksum=tip.checksum,
+        commit=tip.commit,
+        page_size=database.page_size,
+        time_ms=max(now_ms(), log.last_time_ms),
+        acked=Position(0, 0),
+    )
+    log.append(header, encode_frame(header))
+    log.sync()
+    failpoints.reach("leader.term_started")
+    index = database.index.header()
+    at = WalPoint(index.salts, index.mx_frame, index.frame_checksum) if index.mx_frame else None
+    txid = tip.position.txid
+    state.update(
+        truth=Truth.WAL,
+        led=term,
+        promised=max(term, state.state.promised),
+        base=WalBase(txid, at.salts, at.frame, at.checksum) if at else None,
+        next_base=None if at else txid,
+    )
+    failpoints.reach("leader.truth_wal")
+    for started, start in log.terms().starts():
+        watermarks.add_term(started, start)
+    watermarks.captured = log.tip.position
+    watermarks.durable = log.tip.position
+    leader = Leader(
+        database=database,
+        log=log,
+        state=state,
+        marks=replica.marks,
+        checksums=replica.checksums,
+        watermarks=watermarks,
+        cluster=cluster,
+        term=term,
+        at=at,
+        now_ms=now_ms,
+        on_frame=on_frame,
+    )
+    if replica.differing:
+        _log_difference(replica, watermarks, cluster=cluster, term=term, now_ms=now_ms())
+    _log.info("leading term=%d tip=%s", term, log.tip)
+    return leader
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """Pages that differ from history, as if one commit had written them (R7)."""
+
+    database: Database
+    snapshot: Snapshot
+    pgnos: frozenset[int]
+    commits: int = 1
+    offset_bytes: int = 32  # Litestream needs an offset inside a -wal (ltx.md, G3)
+    size_bytes: int = 0
+    data: bytes | None = b""
+
+    @property
+    def commit(self) -> int:
+        return self.snapshot.commit
+
+    @property
+    def salts(self) -> tuple[int, int]:
+        return self.snapshot.header.salts
+
+    def pages(self) -> Iterator[tuple[int, bytes | memoryview]]:
+        return ((pgno, page) for pgno, page in self.snapshot.pages() if pgno in self.pgnos)
+
+
+def _log_difference(replica: Replica, watermarks: Watermarks, *, cluster: bytes, term: int, now_ms: int) -> None:
+    snapshot = Snapshot.pin(replica.database)
+    try:
+        log_captured(
+            replica.log,
+            _Difference(replica.database, snapshot, frozenset(replica.differing)),
+            replica.checksums,
+            cluster=cluster,
+            term=term,
+            now_ms=now_ms,
+            acked=Position(0, 0),
+            flags=FrameFlags.REBUILT,
+        )
+    finally:
+        snapshot.close()
+    replica.log.sync()
+    replica.differing.clear()
+    watermarks.captured = replica.log.tip.position
+    watermarks.durable = replica.log.tip.position

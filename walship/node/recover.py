@@ -1,0 +1,238 @@
+"""Starting a node: from what is on disk to an open replica whose content is the log's tip (R2, R7, R8, R9).
+
+Order, each step durable before the next position is reported:
+
+    1 a snapshot install that had begun is finished            (state.installing)
+    2 the log is opened: verified, torn tail cut, fsynced
+    3 SQLite recovers the -wal; it is fsynced
+    4 truth=wal: commits that the -wal holds and the log does not are appended, one frame each, flagged rebuilt
+    5 truth=log: everything from the mark to the log's end is applied again, as one merged commit
+    6 truth=log from here on: every node starts as a follower
+
+A follower never counts its -wal: its own frames there are merged differently than the leader's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from pathlib import Path
+
+from walship.engine.apply import Applier
+from walship.engine.capture import Capture, WalPoint
+from walship.engine.database import Database
+from walship.engine.durable_state import DurableState, StateFile, Truth
+from walship.engine.leader import log_captured
+from walship.engine.log import Log, LogLimits
+from walship.engine.marks import Marks
+from walship.engine.replay import merge_frames
+from walship.engine.replica import Replica
+from walship.engine.seed import announced_tip, finish_install
+from walship.engine.snapshot import Snapshot, scan
+from walship.engine.verify import differing_pages
+from walship.errors import CorruptData, CorruptDatabase, CorruptLog, CorruptWal, HistoryMismatch
+from walship.formats.checksum import PageChecksums, page_checksum
+from walship.formats.frame import FrameFlags
+from walship.formats.position import Position, Tip
+from walship.formats.wal import WAL_HEADER_SIZE, WalFrameHeader, WalHeader, frame_offset
+
+__all__ = ["FIRST_POSITION", "found_database", "recover"]
+
+_log = logging.getLogger("walship.node")
+
+# The content a cluster begins with counts as transaction 1, since an LTX snapshot covers transactions 1..n.
+FIRST_POSITION = Position(0, 1)
+
+
+def found_database(state: StateFile, marks: Marks) -> Tip:
+    """The database of a new cluster, adopted or empty: scan it and mark it as the first position.
+
+    Raises DatabaseRefused or CorruptDatabase; the file was not changed then.
+    """
+    path = Path(state.state.database_path)
+    database = Database.open(path, create=not path.exists() or path.stat().st_size == 0)
+    try:
+        database.sync_wal()
+        snapshot = Snapshot.pin(database)
+        try:
+            checksums = scan(snapshot)
+        finally:
+            snapshot.close()
+        tip = Tip(FIRST_POSITION, checksums.rolling, checksums.commit)
+        marks.save(tip, checksums)
+    finally:
+        database.close()
+    return tip
+
+
+def recover(directory: Path, state: StateFile, marks: Marks, *, cluster: bytes, limits: LogLimits) -> Replica | None:
+    """Open the replica in `directory`; None when this node needs a snapshot (it is new, or its copy is broken).
+
+    Raises CorruptData when a leader's own truth cannot be read back: only an operator can decide then. StorageFailed.
+    """
+    installing, mark = state.state.installing, state.state.mark
+    if installing is None and mark is None:
+        return None
+    try:
+        log = Log.open(directory / "log", cluster=cluster, base=mark or announced_tip(state), limits=limits)
+    except CorruptLog as error:
+        if state.state.truth is Truth.WAL:
+            raise
+        _log.error("log is damaged, asking for a snapshot error=%s", error)
+        _set_log_aside(directory)
+        return None
+    try:
+        if installing is not None:
+            finish_install(directory, state, cluster, log, marks)
+        return _open(state, log, marks, cluster)
+    except (CorruptDatabase, HistoryMismatch, CorruptWal) as error:
+        log.close()
+        if state.state.truth is Truth.WAL:
+            raise
+        _log.error("database is damaged, asking for a snapshot error=%s", error)
+        return None
+    except BaseException:
+        log.close()
+        raise
+
+
+def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
+    database = Database.open(Path(state.state.database_path))
+    try:
+        database.sync_wal()
+        log.sync()
+        mark = state.state.mark
+        assert mark is not None
+        checksums = marks.load()
+        if state.state.truth is Truth.WAL:
+            replica = _open_truth_wal(state.state, database, log, marks, checksums, cluster)
+        else:
+            replica = _open_truth_log(database, log, marks, mark, checksums)
+        marks.attach(log)
+        state.update(truth=Truth.LOG)
+    except BaseException:
+        database.close()
+        raise
+    return replica
+
+
+def _open_truth_log(database: Database, log: Log, marks: Marks, mark: Tip, checksums: PageChecksums | None) -> Replica:
+    refs = list(log.frames_after(mark.position))
+    batch = merge_frames(log, refs)
+    if checksums is not None and batch is not None:
+        sums = {pgno: page_checksum(pgno, page) for pgno, page in zip(batch.pgnos, batch.pages(), strict=True)}
+        checksums.set_many(sums, batch.commit)
+    if batch is not None and batch.pgnos:
+        Applier(database).apply(batch, sync=False, publishing=lambda: None)
+    if checksums is None:
+        _log.warning("page checksums of the mark are missing or damaged, scanning the database")
+        checksums = _scan(database)
+    if checksums.rolling != log.tip.checksum:
+        raise CorruptDatabase(
+            f"{database.path}: after replaying the log to {log.tip.position} its checksum is "
+            f"{checksums.rolling:016x}, history says {log.tip.checksum:016x}"
+        )
+    return Replica(database, log, checksums, marks)
+
+
+def _open_truth_wal(
+    state: DurableState,
+    database: Database,
+    log: Log,
+    marks: Marks,
+    checksums: PageChecksums | None,
+    cluster: bytes,
+) -> Replica:
+    """A leader's restart: the -wal knows more than the log. Count its commits from the durable base (R2, R7)."""
+    mark = state.mark
+    assert mark is not None
+    assert state.led is not None
+    if checksums is not None:
+        batch = merge_frames(log, list(log.frames_after(mark.position)))
+        if batch is not None:
+            sums = {pgno: page_checksum(pgno, page) for pgno, page in zip(batch.pgnos, batch.pages(), strict=True)}
+            checksums.set_many(sums, batch.commit)
+        if checksums.rolling != log.tip.checksum:
+            checksums = None
+    start = _count_from(state, database, log.tip.position.txid)
+    if start is None or checksums is None:
+        return _compare(database, log, marks, checksums)
+    at, txid = start
+    capture = Capture(database, at)
+    rebuilt = 0
+    while captured := capture.read(one_commit=True):
+        txid += captured.commits
+        if txid > log.tip.position.txid:
+            log_captured(
+                log,
+                captured,
+                checksums,
+                cluster=cluster,
+                term=state.led,
+                now_ms=log.last_time_ms,
+                acked=Position(0, 0),
+                flags=FrameFlags.REBUILT,
+            )
+            rebuilt += 1
+        capture.advance(captured)
+    log.sync()
+    if txid != log.tip.position.txid:
+        _log.warning("the -wal ends at txid %d, the log at %s: comparing pages", txid, log.tip.position)
+        return _compare(database, log, marks, checksums)
+    if rebuilt:
+        _log.info("recounted commits=%d tip=%s", rebuilt, log.tip)
+    return Replica(database, log, checksums, marks)
+
+
+def _count_from(state: DurableState, database: Database, tip_txid: int) -> tuple[WalPoint | None, int] | None:
+    """Where in the -wal which txid is known, or None when nothing says so."""
+    header = database.index.header()
+    base = state.base
+    if header.mx_frame == 0:
+        return (None, tip_txid) if state.next_base == tip_txid else None
+    if base is not None and header.salts == base.salts and header.mx_frame >= base.frame:
+        if _checksum_at(database, base.frame) == base.frame_checksum:
+            return WalPoint(base.salts, base.frame, base.frame_checksum), base.txid
+        return None
+    return (None, tip_txid) if state.next_base == tip_txid else None
+
+
+def _checksum_at(database: Database, frame: int) -> tuple[int, int]:
+    if frame == 0:
+        return WalHeader.parse(os.pread(database.wal_fd, WAL_HEADER_SIZE, 0)).checksum
+    return WalFrameHeader.parse(os.pread(database.wal_fd, 24, frame_offset(frame, database.page_size))).checksum
+
+
+def _compare(database: Database, log: Log, marks: Marks, checksums: PageChecksums | None) -> Replica:
+    """Nothing says how the -wal continues the log: compare every page with what the log's history gives (R7)."""
+    if checksums is None or checksums.rolling != log.tip.checksum:
+        raise CorruptData(
+            f"{database.path}: neither the -wal's position nor the page checksums of the last mark can be trusted, so "
+            "this leader cannot tell what its last commits were. Nothing was changed. Start it as a follower of a "
+            "copy, or found a new cluster on this file with `walship up` and an empty data directory."
+        )
+    snapshot = Snapshot.pin(database)
+    try:
+        differing = list(differing_pages(snapshot, checksums))
+    finally:
+        snapshot.close()
+    if differing:
+        _log.warning("database differs from the log pages=%d: one rebuilt frame opens the next term", len(differing))
+    return Replica(database, log, checksums, marks, differing)
+
+
+def _scan(database: Database) -> PageChecksums:
+    snapshot = Snapshot.pin(database)
+    try:
+        return scan(snapshot)
+    finally:
+        snapshot.close()
+
+
+def _set_log_aside(directory: Path) -> None:
+    for number in itertools.count(1):
+        aside = directory / f"log-damaged-{number}"
+        if not aside.exists():
+            (directory / "log").rename(aside)
+            return
