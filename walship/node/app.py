@@ -1,0 +1,402 @@
+"""The HTTP front door of a node: Hrana over HTTP on one service, and the pages around it.
+
+A plain ASGI callable takes the Hrana requests (perf.md 1: a router before them would cost as much as the request);
+Starlette serves the rest. Reads here are of level `any` unless the client sends a token (R23); a write on a follower
+answers with the error that names the leader.
+
+Every error of the tree becomes a status and a body by the table in `walship.hrana.http`; any other exception is a
+bug, which uvicorn logs with its traceback and answers with 500.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Final, Protocol, TypeVar, cast
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from walship import __version__
+from walship.errors import (
+    CorruptRecord,
+    NotDone,
+    ProtocolViolation,
+    StatementFailed,
+    TransactionTimeout,
+    UsageError,
+    WalshipError,
+)
+from walship.formats.position import Position
+from walship.hrana import http, json
+from walship.hrana.baton import CLOSED
+from walship.hrana.types import (
+    Batch,
+    BatchRequest,
+    ErrorBody,
+    ExecuteRequest,
+    Level,
+    SequenceRequest,
+    StreamRequest,
+)
+from walship.metrics import CONTENT_TYPE as METRICS_TYPE
+from walship.node.streams import Stream, StreamTable
+from walship.service.request import Call, CursorReply, Reply
+from walship.sql.classify import Kind, Verdict, classify, split
+
+__all__ = ["NodeApp", "Pages", "Served"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+_R = TypeVar("_R")
+
+
+class Served(Protocol):
+    """What the front door and the link need of `walship.service.service.Service`."""
+
+    async def pipeline(self, call: Call) -> Reply: ...
+
+    async def cursor(self, call: Call, batch: Batch) -> CursorReply: ...
+
+
+class Pages(Protocol):
+    """What the node tells about itself."""
+
+    def status(self) -> Mapping[str, object]:
+        """The body of /status, ready for JSON."""
+        ...
+
+    def unhealthy(self) -> str | None:
+        """None when it can serve, else why not."""
+        ...
+
+    def metrics(self) -> bytes:
+        """The Prometheus text."""
+        ...
+
+
+# A client may think between rows, but its read transaction keeps the -wal from restarting.
+STALL_SECONDS: Final = 60.0
+# Web clients call from anywhere (hrana.md 1.1); `*` in allow-headers does not cover Authorization, so it is named.
+_CORS: Final[Headers] = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
+_PREFLIGHT: Final[Headers] = [
+    *_CORS,
+    (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+    (b"access-control-allow-headers", b"*, Authorization"),
+    (b"access-control-max-age", b"86400"),
+    (b"content-length", b"0"),
+]
+_OPENING_KINDS: Final = frozenset({Kind.BEGIN_DEFERRED, Kind.BEGIN_IMMEDIATE, Kind.BEGIN_READONLY, Kind.SAVEPOINT})
+
+
+class NodeApp:
+    """The ASGI application of a node.
+
+    Args:
+        service: the node's own service.
+        name: of the node; sent as `walship-served-by`.
+        max_body_bytes: longer request bodies are refused with 413, unread.
+        baton_key: signs batons; random unless batons must survive this process.
+    """
+
+    def __init__(
+        self,
+        service: Served,
+        pages: Pages,
+        *,
+        name: str,
+        max_body_bytes: int = http.DEFAULT_MAX_BODY_BYTES,
+        baton_key: bytes | None = None,
+    ) -> None:
+        self._service = service
+        self._max_body_bytes = max_body_bytes
+        self._streams = StreamTable(baton_key or secrets.token_bytes(32), lambda: secrets.randbits(64))
+        self._served_by = (b"walship-served-by", name.encode("ascii", "replace"))
+        self._pages = _pages(pages)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        method: str = scope["method"]
+        endpoint = http.ENDPOINTS.get(scope["path"]) if method == "POST" else None
+        if endpoint is not None:
+            await self._hrana(endpoint, scope, receive, send)
+        elif method == "OPTIONS":
+            await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT[:-1]})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await self._pages(scope, receive, send)
+
+    async def _hrana(self, endpoint: http.Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await _body(scope, receive, self._max_body_bytes)
+            if body is None:
+                return
+            level, floor = _freshness(scope["headers"])
+            if endpoint.verb is http.Verb.PIPELINE:
+                await self._pipeline(body, endpoint.version, level, floor, send)
+            else:
+                await self._cursor(body, level, floor, receive, send)
+        except _TooLarge:
+            await self._fail(http.body_too_large(self._max_body_bytes), send, close=True)
+        except WalshipError as error:
+            await self._fail(http.failure(error), send)
+
+    async def _pipeline(self, body: bytes, version: int, level: Level, floor: Position | None, send: Send) -> None:
+        decoded = json.decode_pipeline(body, version=version)
+        stream = self._streams.begin(decoded.baton)
+        call = Call(
+            requests=decoded.requests,
+            stream=stream.service_stream,
+            floor=floor,
+            level=level,
+            keep=True,
+            version=version,
+        )
+        reply = await self._run(stream, call, self._service.pipeline)
+        has_state = not reply.autocommit or stream.has_state or _changes_connection(decoded.requests)
+        baton = self._streams.baton(stream, has_state=has_state) if reply.stream else None
+        self._streams.finish(stream, reply.stream, has_state=has_state)
+        data = json.pipeline_reply(baton, reply.results)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(data)),
+            (b"walship-position", str(reply.position).encode()),
+            self._served_by,
+            *_CORS,
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data})
+
+    async def _cursor(self, body: bytes, level: Level, floor: Position | None, receive: Receive, send: Send) -> None:
+        decoded = json.decode_cursor(body)
+        stream = self._streams.begin(decoded.baton)
+        call = Call(requests=[], stream=stream.service_stream, floor=floor, level=level, keep=True)
+        reply = await self._run(stream, call, lambda call: self._service.cursor(call, decoded.batch))
+        # The head goes out before the batch has run, so its baton must assume what the batch may do.
+        changes = stream.has_state or _changes_connection([BatchRequest(decoded.batch)])
+        has_state = changes or _may_open(decoded.batch)
+        baton = self._streams.baton(stream, has_state=has_state) if reply.stream else None
+        headers = [
+            (b"content-type", http.CURSOR_TYPE.encode()),
+            (b"walship-position", str(reply.position).encode()),
+            self._served_by,
+            *_CORS,
+        ]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await _stream_lines(json.cursor_head(baton), reply.lines, receive, send)
+        finally:
+            self._streams.finish(stream, reply.stream, has_state=changes or not reply.autocommit)
+
+    async def _run(self, stream: Stream, call: Call, run: Callable[[Call], Awaitable[_R]]) -> _R:
+        """Run the call on its stream; a stream that the service gave up while it held nothing is revived."""
+        try:
+            try:
+                return await run(call)
+            except ProtocolViolation as error:
+                if str(error) != CLOSED or stream.has_state or call.stream == 0:
+                    raise
+                stream.service_stream = 0
+                return await run(replace(call, stream=0))
+        except WalshipError as error:
+            self._give_back(stream, error)
+            raise
+
+    def _give_back(self, stream: Stream, error: WalshipError) -> None:
+        """After a whole-request failure: keep what is still true of the stream.
+
+        What was refused before it began leaves the stream as it was, so the same baton may be sent again; a client
+        that never forgets its baton would otherwise be locked out by one full queue (hrana.md 1.4).
+        """
+        if isinstance(error, NotDone | ProtocolViolation) and not isinstance(error, TransactionTimeout):
+            self._streams.undo(stream)
+        else:
+            self._streams.drop(stream)
+
+    async def _fail(self, failure: http.Failure, send: Send, *, close: bool = False) -> None:
+        headers = [
+            (b"content-type", failure.content_type.encode()),
+            (b"content-length", b"%d" % len(failure.body)),
+            self._served_by,
+            *_CORS,
+        ]
+        if close:
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": failure.status, "headers": headers})
+        await send({"type": "http.response.body", "body": failure.body})
+
+
+class _TooLarge(Exception):
+    """The body passes the limit."""
+
+
+async def _body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes | None:
+    """The whole body; None when the client went away. Raises _TooLarge as soon as that is known."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value[:20]) > limit_bytes:
+            raise _TooLarge
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        return None
+    if not message.get("more_body", False):
+        whole: bytes = message.get("body", b"")
+        if len(whole) > limit_bytes:
+            raise _TooLarge
+        return whole
+    parts = bytearray(message.get("body", b""))
+    while message.get("more_body", False):
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts += message.get("body", b"")
+        if len(parts) > limit_bytes:
+            raise _TooLarge
+    return bytes(parts)
+
+
+def _freshness(headers: Headers) -> tuple[Level, Position | None]:
+    """The level and floor a client asks for. Raises UsageError for what is neither."""
+    level: Level | None = None
+    floor: Position | None = None
+    for name, value in headers:
+        if name == b"walship-consistency":
+            level = _level(value.decode("latin-1").strip().lower())
+        elif name == b"walship-min-position":
+            try:
+                floor = Position.parse_text(value.decode("latin-1").strip())
+            except CorruptRecord as error:
+                raise UsageError(f"header walship-min-position: {error}") from error
+    return level or Level.ANY, floor
+
+
+def _level(text: str) -> Level:
+    if text == "global":
+        return Level.SESSION
+    try:
+        return Level(text)
+    except ValueError as error:
+        allowed = ", ".join(Level)
+        raise UsageError(f"header walship-consistency: {text[:40]!r} is not a level; allowed: {allowed}") from error
+
+
+def _changes_connection(requests: Sequence[StreamRequest]) -> bool:
+    """May these requests leave settings or TEMP objects behind on their connection?"""
+    return any(_leaves_state(verdict) for request in requests for verdict in _verdicts(request))
+
+
+def _leaves_state(verdict: Verdict) -> bool:
+    return verdict.kind is Kind.CONNECTION_STATE and not verdict.session_functions
+
+
+def _may_open(batch: Batch) -> bool:
+    """May a transaction be open after this batch? Texts stored on the stream are taken for yes."""
+    return any(step.stmt.sql is None for step in batch.steps) or any(
+        verdict.kind in _OPENING_KINDS for verdict in _verdicts(BatchRequest(batch))
+    )
+
+
+def _verdicts(request: StreamRequest) -> Iterator[Verdict]:
+    """The verdict on each statement of a request; describe runs nothing, stored texts are not known here."""
+    if isinstance(request, ExecuteRequest):
+        texts: list[str | None] = [request.stmt.sql]
+    elif isinstance(request, BatchRequest):
+        texts = [step.stmt.sql for step in request.batch.steps]
+    elif isinstance(request, SequenceRequest):
+        texts = [request.sql]
+    else:
+        return
+    for text in texts:
+        verdict = classify(text or "")
+        if verdict.kind is Kind.MANY:
+            yield from map(classify, split(text or ""))
+        else:
+            yield verdict
+
+
+async def _stream_lines(head: bytes, lines: AsyncIterator[bytes], receive: Receive, send: Send) -> None:
+    """Send the head and all lines; stop when the client goes away, so that its read transaction ends with it."""
+    async with aclosing(cast("AsyncGenerator[bytes, None]", lines)) as chunks, asyncio.TaskGroup() as group:
+        watch = group.create_task(_until_disconnect(receive), name="cursor disconnect")
+        pending = head
+        try:
+            async for chunk in chunks:
+                if watch.done():
+                    return
+                async with asyncio.timeout(STALL_SECONDS):
+                    await send({"type": "http.response.body", "body": pending + chunk, "more_body": True})
+                pending = b""
+        except TimeoutError:
+            return  # uvicorn closes the connection of an answer that has no end
+        except WalshipError as error:
+            code = error.statement_code if isinstance(error, StatementFailed) else error.code
+            pending += json.cursor_error(ErrorBody(str(error), code))
+        finally:
+            watch.cancel()
+        await send({"type": "http.response.body", "body": pending})
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _pages(pages: Pages) -> Starlette:
+    """Everything that is not Hrana: probes, health, version, status, metrics."""
+    cors = {name.decode(): value.decode() for name, value in _CORS}
+
+    def probe(request: Request) -> Response:
+        return PlainTextResponse(http.PROBES[request.url.path], headers=cors)
+
+    def health(_: Request) -> Response:
+        reason = pages.unhealthy()
+        return Response(headers=cors) if reason is None else PlainTextResponse(reason, 503, cors)
+
+    def version(_: Request) -> Response:
+        return PlainTextResponse(f"walship {__version__}", headers=cors)
+
+    def status(_: Request) -> Response:
+        return Response(msgspec.json.encode(pages.status()), media_type=http.JSON_TYPE, headers=cors)
+
+    def metrics(_: Request) -> Response:
+        return Response(pages.metrics(), media_type=METRICS_TYPE)
+
+    def nothing(_: Request, __: Exception) -> Response:
+        return Response(status_code=404, headers=cors)
+
+    pages_by_path: dict[str, Callable[[Request], Response]] = {
+        **dict.fromkeys(http.PROBES, probe),
+        "/health": health,
+        "/version": version,
+        "/status": status,
+        "/metrics": metrics,
+    }
+    routes = [Route(path, _in_loop(page), methods=["GET"]) for path, page in pages_by_path.items()]
+    return Starlette(routes=routes, exception_handlers={404: nothing})
+
+
+def _in_loop(page: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """Starlette runs plain functions in threads; these are quick and look at state of the loop."""
+
+    async def answer(request: Request) -> Response:
+        return page(request)
+
+    return answer

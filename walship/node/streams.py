@@ -1,0 +1,109 @@
+"""Client streams at a node's own front door: which baton stands for which stream of the service.
+
+Pure but for the randomness passed in. A stream here is a random id, the sequence its next baton must carry, and the
+service's stream behind it. The table is bounded: what falls out of it, or was known to a process that is gone, is
+revived when its baton says that nothing was lost with it, and has expired when there was: an open transaction, or
+settings of its connection (hrana.md 1.4, R21). Both are what the baton calls `in_transaction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from walship.errors import Overloaded, ProtocolViolation, StatementFailed
+from walship.hrana.baton import ALREADY_USED, Baton, open_baton, sign
+
+__all__ = ["STREAM_EXPIRED", "Stream", "StreamTable"]
+
+STREAM_EXPIRED: Final = "STREAM_EXPIRED"
+DEFAULT_MAX_STREAMS: Final = 16_384
+_U64: Final = (1 << 64) - 1
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One client stream. `service_stream` 0 = the service keeps nothing for it (yet).
+
+    `has_state`: a transaction is open or its connection was changed, so that it cannot be revived unnoticed.
+    """
+
+    id: int
+    sequence: int
+    service_stream: int = 0
+    has_state: bool = False
+    busy: bool = False
+
+
+class StreamTable:
+    """The streams that clients hold batons of. Requests on one stream are serial: a baton works once."""
+
+    def __init__(self, key: bytes, random_u64: Callable[[], int], *, max_streams: int = DEFAULT_MAX_STREAMS) -> None:
+        self._key = key
+        self._random_u64 = random_u64
+        self._max_streams = max_streams
+        self._streams: dict[int, Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def begin(self, baton: str | None) -> Stream:
+        """The stream a request is for, marked busy; end it with `finish`, `undo` or `drop`.
+
+        Raises ProtocolViolation for a baton that is not ours or was used, StatementFailed STREAM_EXPIRED when its
+        open transaction is gone, Overloaded when too many streams are open.
+        """
+        if baton is None:
+            return self._new()
+        said = open_baton(self._key, baton)
+        stream = self._streams.get(said.stream)
+        if stream is None:
+            if said.in_transaction:
+                raise StatementFailed("The stream has expired due to inactivity", STREAM_EXPIRED)
+            return self._new()
+        if stream.busy or stream.sequence != said.sequence:
+            raise ProtocolViolation(ALREADY_USED)
+        stream.busy = True
+        return stream
+
+    def baton(self, stream: Stream, *, has_state: bool) -> str:
+        """Move to the stream's next sequence and sign its baton; the earlier one is used up from here on."""
+        stream.sequence = (stream.sequence + 1) & _U64
+        stream.has_state = has_state
+        return sign(self._key, Baton(stream.id, stream.sequence, has_state))
+
+    def finish(self, stream: Stream, service_stream: int, *, has_state: bool) -> None:
+        """The request is over; 0 as `service_stream` ends the stream."""
+        stream.busy = False
+        stream.service_stream = service_stream
+        stream.has_state = has_state
+        if service_stream == 0:
+            self._streams.pop(stream.id, None)
+            return
+        # Moved to the end: the front of the dict is what was idle longest.
+        self._streams.pop(stream.id, None)
+        self._streams[stream.id] = stream
+
+    def undo(self, stream: Stream) -> None:
+        """Nothing happened: the same baton may be sent again. A stream that had none yet is forgotten."""
+        stream.busy = False
+        if stream.service_stream == 0:
+            self._streams.pop(stream.id, None)
+
+    def drop(self, stream: Stream) -> None:
+        """Forget the stream; its batons are revived or expired by what they say."""
+        self._streams.pop(stream.id, None)
+
+    def _new(self) -> Stream:
+        if len(self._streams) >= self._max_streams:
+            self._evict()
+        stream = Stream(self._random_u64(), self._random_u64(), busy=True)
+        self._streams[stream.id] = stream
+        return stream
+
+    def _evict(self) -> None:
+        idle = next((each for each in self._streams.values() if not each.busy and not each.has_state), None)
+        if idle is None:
+            raise Overloaded(f"{self._max_streams} streams are open; nothing was run. Close some, or try again later.")
+        del self._streams[idle.id]
