@@ -13,7 +13,6 @@ import collections
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +62,7 @@ class Child:
     def __init__(
         self,
         name: str,
-        arguments: Sequence[str],
+        command: Sequence[str],
         *,
         log_path: Path,
         say: Callable[[str], None],
@@ -73,7 +72,7 @@ class Child:
         self.log_path = log_path
         self.url: str | None = None  # a node's, once it said that it is ready
         self.restarts = 0
-        self._arguments, self._say, self._clock = arguments, say, clock
+        self._command, self._say, self._clock = command, say, clock
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
 
@@ -126,10 +125,7 @@ class Child:
             self.log_path.replace(self.log_path.with_name(self.log_path.name + ".1"))
         with self.log_path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "walship",
-                *self._arguments,
+                *self._command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

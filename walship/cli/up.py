@@ -16,6 +16,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
@@ -200,8 +201,10 @@ async def _run_cluster(
 
 
 def _children(config: UpConfig, plan: _Plan) -> list[Child]:
+    walship = [sys.executable, "-m", "walship"]
+
     def node(name: str, *, first: bool) -> list[str]:
-        words = ["node", "--name", name, "--data", str(config.data_dir / name), "--cluster", plan.cluster_url]
+        words = [*walship, "node", "--name", name, "--data", str(config.data_dir / name), "--cluster", plan.cluster_url]
         words += ["--listen", "127.0.0.1:0", "--log-max", str(config.log_max_bytes)]
         words += ["--drain-seconds", str(config.drain_seconds), "--log-level", config.log_level]
         if first and plan.founding:
@@ -211,7 +214,7 @@ def _children(config: UpConfig, plan: _Plan) -> list[Child]:
         return words
 
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
-    proxy = ["proxy", "--name", PROXY_NAME, "--cluster", plan.cluster_url, "--listen", f"{host}:{plan.port}"]
+    proxy = [*walship, "proxy", "--name", PROXY_NAME, "--cluster", plan.cluster_url, "--listen", f"{host}:{plan.port}"]
     proxy += ["--drain-seconds", str(config.drain_seconds), "--log-level", config.log_level]
     logs = config.data_dir / "logs"
     nodes = [
