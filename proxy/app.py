@@ -30,7 +30,7 @@ from proxy.dispatch import Dispatcher
 from proxy.front import CORS, Front
 from proxy.plan import Known
 from proxy.status import cluster_status, refresh_gauges
-from proxy.streams import Streams
+from proxy.streams import StreamLimits, Streams
 from walship import __version__
 from walship.config import ProxyConfig
 from walship.coordination.store import Store, open_store
@@ -38,7 +38,7 @@ from walship.errors import CompareFailed, StoreUnavailable, UsageError
 from walship.hrana.http import ENDPOINTS, PROBES
 from walship.metrics import CONTENT_TYPE, ProxyMetrics
 
-__all__ = ["Proxy", "main", "run"]
+__all__ = ["Proxy", "background", "listen", "main", "run", "serve"]
 
 log = logging.getLogger("walship.proxy")
 
@@ -59,13 +59,19 @@ class Proxy:
     """Everything of one proxy but the socket. Make it on its loop; `run` must be running while it serves."""
 
     def __init__(
-        self, config: ProxyConfig, store: Store, *, baton_key: bytes, rng: random.Random | None = None
+        self,
+        config: ProxyConfig,
+        store: Store,
+        *,
+        baton_key: bytes,
+        rng: random.Random | None = None,
+        stream_limits: StreamLimits | None = None,
     ) -> None:
         rng = rng or random.Random()
         self.config, self.url = config, ""
         self.metrics = ProxyMetrics()
         self.floors = Floors()
-        self.streams = Streams(baton_key, rng)
+        self.streams = Streams(baton_key, rng, stream_limits)
         self._clock = asyncio.get_running_loop().time
         self.backends = Backends(store, self.floors, rng=rng, clock=self._clock, on_lost=self.streams.drop_connection)
         self.dispatcher = Dispatcher(
@@ -83,6 +89,7 @@ class Proxy:
             known=self._known,
             body_max_bytes=config.body_max_bytes,
         )
+        self.on_drain: Callable[[], None] = lambda: None
         self._others: ASGIApp = Starlette(
             routes=[
                 Route("/health", self._health),
@@ -111,6 +118,12 @@ class Proxy:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.backends.run(), name="backends")
             tasks.create_task(self._sweep(), name="sweep streams")
+
+    def drain(self) -> None:
+        """Begin the end: refuse new work, finish what runs. Idempotent."""
+        log.info("drain streams=%d", len(self.streams))
+        self.front.draining = True
+        self.on_drain()
 
     async def close_streams(self) -> None:
         """Close every node stream this proxy still holds, so that no write turn waits for its timer."""
@@ -180,13 +193,11 @@ async def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = N
     """
     store = open_store(config.cluster_url)
     try:
-        listener = _listen(config.listen_host, config.listen_port)
+        listener = listen(config.listen_host, config.listen_port)
         with contextlib.closing(listener):
             proxy = Proxy(config, store, baton_key=await _baton_key(store))
-            host, port = listener.getsockname()[:2]
-            proxy.url = f"http://{host}:{port}"
-            async with _background(proxy):
-                await _serve(proxy, listener, on_ready)
+            async with background(proxy):
+                await serve(proxy, listener, on_ready)
                 await proxy.close_streams()
     finally:
         await store.close()
@@ -202,7 +213,8 @@ def main(config: ProxyConfig) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _background(proxy: Proxy) -> AsyncIterator[None]:
+async def background(proxy: Proxy) -> AsyncIterator[None]:
+    """What a proxy does beside answering requests, for the time of the block."""
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(proxy.run(), name="proxy")
         try:
@@ -219,7 +231,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str], None] | None) -> None:
+async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str], None] | None = None) -> None:
+    """Answer requests until `proxy.drain` is called, by a signal or otherwise; returns when what ran is done."""
+    host, port = listener.getsockname()[:2]
+    proxy.url = f"http://{host}:{port}"
     config = uvicorn.Config(
         proxy,
         http="httptools",
@@ -235,16 +250,15 @@ async def _serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str]
     )
     server = _Server(config)
 
-    def stop(number: signal.Signals) -> None:
-        log.info("drain signal=%s", number.name)
-        proxy.front.draining = True
+    def stop() -> None:
         server.should_exit = True
 
+    proxy.on_drain = stop
     loop = asyncio.get_running_loop()
     handled = (signal.SIGTERM, signal.SIGINT)
     with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not the main thread: a test's loop
         for number in handled:
-            loop.add_signal_handler(number, stop, number)
+            loop.add_signal_handler(number, proxy.drain)
     log.info("listen url=%s cluster=%s", proxy.url, proxy.config.cluster_url)
     if on_ready is not None:
         on_ready(proxy.url)
@@ -256,7 +270,8 @@ async def _serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str]
                 loop.remove_signal_handler(number)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes any free one. Raises UsageError when the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -181,7 +181,7 @@ class Dispatcher:
     ) -> _Sent[A]:
         if stream.pin is not None:
             return await self._on_pin(plan, stream, stream.pin, verb, version, send)
-        return await _Attempts(self, plan, verb, version, send).run()
+        return await _Attempts(self, plan, stream, verb, version, send).run()
 
     async def _on_pin(
         self,
@@ -263,11 +263,13 @@ class _Attempts(Generic[A]):
         self,
         owner: Dispatcher,
         plan: Plan,
+        stream: ClientStream,
         verb: Verb,
         version: int,
         send: Callable[[LinkConnection, Request], Awaitable[A]],
     ) -> None:
         self._owner, self._plan, self._verb, self._version, self._send = owner, plan, verb, version, send
+        self._stream = stream
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + owner.deadline_seconds
         self._floor = NO_POSITION
@@ -330,7 +332,8 @@ class _Attempts(Generic[A]):
             self._plan,
             self._verb,
             self._version,
-            flags=RequestFlags.READ_ONLY if reading else RequestFlags.NONE,
+            flags=self._flags(),
+            stream=self._kept(backend),
             floor=self._floor,
             min_term=0 if reading else self._owner.floors.term,
             wait_ms=wait_ms,
@@ -361,6 +364,18 @@ class _Attempts(Generic[A]):
         if reading:
             backend.reads += 1
         return _Sent(backend, generation, answer)
+
+    def _flags(self) -> RequestFlags:
+        if self._need is Need.READ:
+            return RequestFlags.READ_ONLY
+        return RequestFlags.NONE if self._plan.closes else RequestFlags.KEEP
+
+    def _kept(self, backend: Backend) -> int:
+        """The leader's record of this stream, 0 when there is none over the present connection."""
+        kept = self._stream.kept
+        if self._need is Need.READ or kept is None:
+            return 0
+        return kept.stream if (kept.node, kept.connection) == (backend.name, backend.generation) else 0
 
     def _refused(self, backend: Backend, refusal: Refusal) -> None:
         reading = self._need is Need.READ

@@ -139,11 +139,20 @@ class Front:
     ) -> str | None:
         """A request was answered: what the stream is now. Returns its next baton, None when it is closed."""
         if plan.closes:
+            if stream.kept is not None and plan.need is Need.READ:
+                self.orphaned_pins.append(stream.kept)
             self._streams.close(stream)
             return None
         stream.stored = plan.stored
-        stream.pin = Pin(node, connection, node_stream) if node_stream else None
+        stream.has_state = stream.has_state or plan.makes_state
         stream.autocommit = bool(flags & ReplyFlags.AUTOCOMMIT)
+        held = Pin(node, connection, node_stream) if node_stream else None
+        if stream.has_state or not stream.autocommit:
+            stream.pin, stream.kept = held, None
+        else:
+            stream.pin = None
+            stream.kept = held or (stream.kept if plan.need is Need.READ else None)
+        stream.has_state = stream.pin is not None and stream.has_state
         return self._streams.keep(stream, self._clock())
 
     def fail(self, stream: ClientStream, *, resumed: bool, error: BaseException) -> None:

@@ -53,6 +53,7 @@ class Plan:
         closes: the stream ends with this request.
         opens: it may leave a transaction open.
         commits: it may end one by COMMIT.
+        makes_state: it says something that only one connection can keep.
         stored: the stream's stored texts afterwards.
         settings: the stream's settings afterwards, and for this request.
     """
@@ -63,6 +64,7 @@ class Plan:
     closes: bool
     opens: bool
     commits: bool
+    makes_state: bool
     stored: Mapping[int, str]
     settings: Settings
 
@@ -122,12 +124,22 @@ class _Walk:
         self._known, self._limits = known, limits
         self._need = Need.READ
         self._texts: list[str] = []
-        self._closes = self._opens = self._commits = False
+        self._closes = self._opens = self._commits = self._makes_state = False
 
     def plan(self, body: bytes) -> Plan:
         texts = tuple(self._texts) if self._need is Need.READ else ()
         stored = self._stored if self._own is None else self._own
-        return Plan(self._need, body, texts, self._closes, self._opens, self._commits, stored, self.settings)
+        return Plan(
+            self._need,
+            body,
+            texts,
+            self._closes,
+            self._opens,
+            self._commits,
+            self._makes_state,
+            stored,
+            self.settings,
+        )
 
     def request(self, request: StreamRequest) -> StreamRequest:
         if isinstance(request, ExecuteRequest):
@@ -228,6 +240,8 @@ class _Walk:
             self._opens = True
         elif kind in _ENDS:
             self._commits = True
+        elif kind is Kind.CONNECTION_STATE and not verdict.session_functions:
+            self._makes_state = True
         return sql
 
     def _sequence(self, sql: str) -> str:

@@ -1,10 +1,12 @@
 """Streams as clients see them over HTTP: batons in, batons out (hrana.md 1.4, R21).
 
 A stream is a small record: an id, a sequence, stored SQL texts, settings. It has a connection somewhere only while it
-is *pinned*: an open transaction, or connection state, on one node under that node's own stream id. So an idle client
-costs nothing, and expiry hurts only who left a transaction open: after `transaction_idle_seconds` the node's stream is
-closed, and the client is told STREAM_EXPIRED. A baton that says "autocommit" is good for as long as its key, also after
-this process forgot the record or was restarted: the stream is then revived without its stored SQL.
+is *pinned*: an open transaction, or connection state, on one node under that node's own stream id. A stream that wrote
+is also *kept* by the leader, as a record of what changes() and last_insert_rowid() are to answer; its reads stay free
+to go anywhere. So an idle client costs nothing, and expiry hurts only who left a transaction open: after
+`transaction_idle_seconds` the node's stream is closed, and the client is told STREAM_EXPIRED. A baton that says
+"autocommit" is good for as long as its key, also after this process forgot the record or was restarted: the stream is
+then revived without its stored SQL.
 
 Time is an argument (monotonic seconds); random numbers come from the `random` given.
 """
@@ -60,6 +62,8 @@ class ClientStream:
     settings: Settings = field(default_factory=Settings)
     stored: Mapping[int, str] = field(default_factory=dict)
     pin: Pin | None = None
+    kept: Pin | None = None  # the leader's record of this stream: what changes() and last_insert_rowid() answer
+    has_state: bool = False  # said something that only one connection can keep: TEMP objects, PRAGMA settings
     autocommit: bool = True
     busy: bool = True
     known: bool = False  # a baton was given out, so the record is kept
@@ -143,7 +147,7 @@ class Streams:
         if stream.known:
             self._streams.pop(stream.id, None)
             self._remember(stream.id, expired=expired)
-        stream.pin, stream.autocommit, stream.known = None, True, False
+        stream.pin, stream.kept, stream.autocommit, stream.known = None, None, True, False
 
     def sweep(self, now: float) -> list[Pin]:
         """End what sat idle too long; returns the node streams to close."""
@@ -165,10 +169,13 @@ class Streams:
             pin = stream.pin
             if pin is not None and pin.node == node and pin.connection == connection and not stream.busy:
                 self.close(stream, expired=True)
+            elif stream.kept is not None and stream.kept.connection == connection and stream.kept.node == node:
+                stream.kept = None
 
     def pins(self) -> list[Pin]:
         """Every node stream held now, for draining."""
-        return [stream.pin for stream in self._streams.values() if stream.pin is not None]
+        streams = self._streams.values()
+        return [pin for stream in streams for pin in (stream.pin, stream.kept) if pin is not None]
 
     def _revive(self, baton: Baton) -> ClientStream:
         expired = self._closed.get(baton.stream)
