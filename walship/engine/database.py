@@ -87,6 +87,7 @@ class Database:
             str(self.path), flags=apsw.SQLITE_OPEN_READONLY, statementcachesize=_STATEMENT_CACHE
         )
         connection.set_busy_timeout(_READER_BUSY_MS)
+        _never_checkpoint_on_close(connection)
         self._connections.add(connection)
         return connection
 
@@ -97,6 +98,7 @@ class Database:
             str(self.path), flags=apsw.SQLITE_OPEN_READWRITE, statementcachesize=_STATEMENT_CACHE
         )
         connection.set_busy_timeout(_HOLDER_BUSY_MS)
+        _never_checkpoint_on_close(connection)
         _run(connection, "PRAGMA wal_autocheckpoint=0", "PRAGMA synchronous=NORMAL")
         self._connections.add(connection)
         return connection
@@ -124,8 +126,8 @@ class Database:
         return os.fstat(self.wal_fd).st_size
 
     def close(self) -> None:
-        """Close every connection, then our descriptors. The last connection checkpoints and deletes the -wal, so
-        call this only when the log is durable through it (R7). Idempotent."""
+        """Close every connection, then our descriptors. The -wal stays as it is: what a restart counts from (R7).
+        Idempotent."""
         for connection in list(self._connections):
             connection.close(True)
         self._connections.clear()
@@ -150,6 +152,7 @@ def holding_write(connection: apsw.Connection) -> Iterator[None]:
 
 def _prepare_holder(holder: apsw.Connection, path: Path, *, create: bool) -> int:
     holder.set_busy_timeout(_HOLDER_BUSY_MS)
+    _never_checkpoint_on_close(holder)
     if create:
         _run(holder, "PRAGMA journal_mode=WAL")
     _run(holder, "PRAGMA wal_autocheckpoint=0", "PRAGMA synchronous=NORMAL")
@@ -163,6 +166,12 @@ def _prepare_holder(holder: apsw.Connection, path: Path, *, create: bool) -> int
     with holding_write(holder):
         pass
     return int(holder.pragma("page_size"))
+
+
+def _never_checkpoint_on_close(connection: apsw.Connection) -> None:
+    """SQLite's last close would checkpoint and delete the -wal, also after a failure, when the log may not hold it
+    yet. Only `checkpoint.truncate` empties it, in the order of R7."""
+    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
 
 def _run(connection: apsw.Connection, *statements: str) -> None:

@@ -94,7 +94,7 @@ class Follower:
         self.lag = LagMeter.new()
         self.keep_from = 0
         self.leader_tip: Position | None = None
-        self.mismatches: list[str] = []
+        self.mismatches = 0
         self._directory = directory
         self._state = state
         self._cluster = cluster
@@ -107,6 +107,7 @@ class Follower:
         self._loop = asyncio.get_running_loop()
         self._progressed = asyncio.Event()
         self._needs_seed = replica is None
+        self._broken: str | None = None  # why this copy must be replaced, found here and not yet told the subscriber
         self._behind_since: float | None = None
         self._logged_bytes = self._applied_bytes = 0
         self._intake: Intake | None = None
@@ -150,6 +151,8 @@ class Follower:
             await self._intake.abandon()
 
     def heard(self, *, tip: Position, acked: Position, leader_time_ms: int, keep_from: int) -> None:
+        if self._broken is not None:
+            raise HistoryMismatch(self._broken)  # ends the connection; the next one asks for a snapshot
         self.leader_tip = tip
         self.lag.heard(tip, self._clock())
         self.keep_from = keep_from
@@ -173,6 +176,7 @@ class Follower:
                 continue
 
     async def seed(self, header: SnapshotHeader) -> FollowerSeed:
+        self._broken = None
         return await asyncio.to_thread(FollowerSeed, self, SeedFile, self._directory, header)
 
     def history(self, terms: list[tuple[int, int]]) -> None:
@@ -181,7 +185,14 @@ class Follower:
 
     def mismatch(self, error: HistoryMismatch) -> None:
         _log.error("history differs from the leader's, asking for a snapshot error=%s", error)
-        self.mismatches.append(str(error))
+        self.mismatches += 1
+        self._broken = None
+        self._needs_seed = True
+
+    def replace(self, reason: str) -> None:
+        """This copy is damaged: have it replaced by a snapshot. It goes on serving until then."""
+        _log.error("copy is damaged, asking for a snapshot reason=%s", reason)
+        self._broken = reason
         self._needs_seed = True
 
     # --- lifetime ---------------------------------------------------------------------------------------------
@@ -357,8 +368,7 @@ class Follower:
     def _thread_failed(self, error: BaseException) -> None:
         """On the loop: a broken copy re-seeds, everything else ends the process."""
         if isinstance(error, (CorruptData, HistoryMismatch)):
-            self.mismatch(error if isinstance(error, HistoryMismatch) else HistoryMismatch(str(error)))
-            self._progressed.set()
+            self.replace(str(error))
         else:
             self._on_failure(error)
 

@@ -212,15 +212,14 @@ class Leader:
         raise Unavailable("foreign writers left no moment to pin a snapshot; nothing was sent, ask again")
 
     def close(self) -> None:
-        """Let go of the -wal's past in order: everything logged and synced, `next_base` durable, then the guard.
-
-        The last connection to close empties the -wal; a restart counts the next generation from `next_base`.
-        """
+        """Stop leading: log everything, make `next_base` durable, then empty the -wal (R7) and let go."""
         self.commit_group()
         tip = self.log.sync()
         self._state.update(next_base=tip.position.txid)
+        self._guard.close()
+        truncate(self._checkpointer, 100)
         self._marks.save(tip, self._checksums)
-        self.abandon()
+        self._checkpointer.close(True)
 
     def abandon(self) -> None:
         """Close this side's connections without a promise about their state: after a failure."""

@@ -111,6 +111,7 @@ class Replayer:
         try:
             while self._turn():
                 pass
+            truncate(self._checkpointer, _PATIENT_TRUNCATE_MS // 10)
             self.mark()
         except BaseException as error:  # noqa: BLE001 - handed to the owner, who decides between re-seed and exit
             _log.error("replayer failed at=%s error=%s", self.applied.position, error)
