@@ -1,0 +1,30 @@
+# One image for every part: `up` (the default), `node`, `proxy`, `status`.
+#   docker build -t walship . && docker run -p 8080:8080 -v walship:/data walship
+# The base can be any image with python3 >= 3.11 and its venv module.
+ARG BASE=python:3.12-slim
+
+FROM ${BASE} AS build
+WORKDIR /src
+COPY pyproject.toml README.md ./
+COPY walship walship
+COPY proxy proxy
+RUN python3 -m venv /opt/walship && /opt/walship/bin/pip install --no-cache-dir --disable-pip-version-check .
+
+FROM ${BASE}
+RUN groupadd --gid 10001 walship \
+ && useradd --uid 10001 --gid walship --no-create-home --home-dir /data --shell /usr/sbin/nologin walship \
+ && install -d -o walship -g walship /data
+COPY --from=build /opt/walship /opt/walship
+ENV PATH=/opt/walship/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    WALSHIP_HEALTH=http://127.0.0.1:8080/health
+USER walship
+WORKDIR /data
+VOLUME /data
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+# Another --listen needs another WALSHIP_HEALTH.
+HEALTHCHECK --interval=5s --timeout=3s --start-period=20s --retries=3 \
+  CMD ["python3", "-c", "import os, urllib.request; urllib.request.urlopen(os.environ['WALSHIP_HEALTH'], timeout=2)"]
+ENTRYPOINT ["walship"]
+CMD ["up", "--data", "/data", "--listen", "0.0.0.0:8080"]
