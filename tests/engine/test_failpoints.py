@@ -17,15 +17,7 @@ from walship.errors import UsageError
 ROOT = Path(__file__).parents[2]
 CALL = re.compile(r"\breach\(\s*\"([a-z0-9_.]+)\"")
 # Names registered before the module that reaches them exists: name's first word -> that module.
-COMING = {
-    "writer": "walship/engine/writer.py",
-    "checkpoint": "walship/engine/checkpoint.py",
-    "generation": "walship/engine/capture.py",
-    "follower": "walship/engine/follower.py",
-    "apply": "walship/engine/apply.py",
-    "seed": "walship/engine/follower.py",
-    "leader": "walship/node/node.py",
-}
+COMING = {"leader": "walship/node/node.py"}
 
 
 def names_in_source() -> list[str]:

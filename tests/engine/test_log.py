@@ -149,6 +149,24 @@ def test_the_durable_tip_is_what_the_tip_was_before_the_sync(tmp_path: Path) -> 
     assert log.durable_tip != log.tip
 
 
+def test_a_sync_never_claims_what_was_appended_while_it_ran(tmp_path: Path) -> None:
+    """R5: what becomes durable is the position sampled before the call."""
+    log = open_log(tmp_path)
+    claims: list[bool] = []
+    stop = threading.Event()
+
+    def keep_syncing() -> None:
+        while not stop.is_set():
+            claims.append(log.sync() == log.durable_tip)
+
+    thread = threading.Thread(target=keep_syncing)
+    thread.start()
+    fill(log, 1000)
+    stop.set()
+    thread.join()
+    assert all(claims)
+
+
 def test_a_rotation_makes_the_full_segment_durable_first(tmp_path: Path) -> None:
     """R5: only the last segment may be torn."""
     log = open_log(tmp_path, SMALL)

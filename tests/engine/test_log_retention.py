@@ -12,7 +12,7 @@ from log_frames import BASE, SMALL, append, fill, open_log, positions, segment_f
 from walship.engine.log import Log, LogLimits
 from walship.engine.retention import PIN_SILENCE_SECONDS, SegmentFacts, plan_prune
 from walship.engine.segment import Segment, SegmentFlags, SegmentHead
-from walship.errors import HistoryMismatch, LogTruncated, UsageError
+from walship.errors import HistoryMismatch, LogTruncated, StorageFailed, UsageError
 from walship.formats.checksum import FLAG
 from walship.formats.position import Position, TermHistory, Tip
 
@@ -208,6 +208,16 @@ def test_a_reset_that_died_before_it_deleted_anything_is_finished_at_open(tmp_pa
     assert len(segment_files(tmp_path)) == 1
 
 
+def test_a_reset_that_fails_is_final(tmp_path: Path) -> None:
+    """Its segment may be durable although the call failed: what would be appended to the old log could vanish."""
+    log = filled(tmp_path)
+    (tmp_path / "log" / f"{log.statistics().segments + 1:016x}.seg").mkdir()  # a file cannot be renamed over that
+    with pytest.raises(StorageFailed, match="process must end"):
+        log.reset(ELSEWHERE)
+    with pytest.raises(StorageFailed, match="process must end"):
+        append(log)
+
+
 @pytest.mark.parametrize("txid", [10, 11, 12, 13, 20, 29, 30])
 def test_truncating_removes_everything_after_a_position(tmp_path: Path, txid: int) -> None:
     """R12: the log is cut at the divergence."""
@@ -237,13 +247,12 @@ def test_truncating_forgets_the_terms_that_began_later(tmp_path: Path) -> None:
 
 
 def test_what_a_reader_holds_of_a_removed_frame_never_turns_into_other_bytes(tmp_path: Path) -> None:
-    log = filled(tmp_path)
-    ref = list(log.frames_after(BASE.position))[-1]
-    log.truncate_to(Position(1, 28))
-    append(log, size_bytes=699)
-    append(log, size_bytes=701)
-    replacement = list(log.frames_after(BASE.position))[-1]
-    assert (replacement.segment, replacement.offset) != (ref.segment, ref.offset)
+    log = open_log(tmp_path)
+    refs = fill(log, 5)
+    log.truncate_to(refs[2].header.position)
+    append(log)
+    with pytest.raises(HistoryMismatch, match="was removed"):
+        log.read(refs[3])
 
 
 def test_truncating_to_an_unknown_position_changes_nothing(tmp_path: Path) -> None:

@@ -150,6 +150,21 @@ async def test_no_wake_up_is_ever_lost() -> None:
         thread.join()
 
 
+async def test_a_mark_set_between_a_waiters_look_and_its_enlisting_wakes_it() -> None:
+    class Racing(TermHistory):
+        """Lets the mark grow just after it was first looked at, as another thread might."""
+
+        def covers(self, have: Position, want: Position) -> bool:
+            verdict = super().covers(have, want)
+            if marks.applied != want:
+                apply(marks, want)
+            return verdict
+
+    marks = Watermarks(at(0), Racing())
+    async with asyncio.timeout(5):
+        assert await marks.wait_applied(at(1), 60) is True
+
+
 def test_a_thread_that_outlives_the_loop_may_still_set_marks() -> None:
     marks = Watermarks(at(0))
 

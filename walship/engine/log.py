@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+from walship.engine.log_start import FAILED_FSYNC, describe_damage, open_segments
 from walship.engine.retention import PIN_SILENCE_SECONDS, LogLimits, Pin, SegmentFacts, plan_prune
 from walship.engine.segment import (
     END_RECORD_BYTES,
-    Damage,
     Segment,
     SegmentFlags,
     SegmentHead,
@@ -35,35 +34,21 @@ from walship.engine.segment import (
     sync_directory,
     write_all,
 )
-from walship.errors import CorruptLog, CorruptRecord, HistoryMismatch, LogTruncated, StorageFailed
-from walship.formats.frame import PART_BYTES, FrameEnd, FrameHeader
+from walship.engine.segment_check import verify
+from walship.engine.segment_list import FrameRef, Payload, SegmentList
+from walship.errors import CorruptLog, CorruptRecord, HistoryMismatch, StorageFailed
+from walship.formats.frame import FrameEnd, FrameHeader
 from walship.formats.position import Position, TermHistory, Tip
 from walship.formats.record import RECORD_HEADER_SIZE, RECORD_OVERHEAD, Kind
 
 __all__ = ["FrameAppender", "FrameRef", "Log", "LogLimits", "LogStatistics", "Payload", "Pin"]
 
-_MARKER = "failed-fsync"
 _CHUNK_BYTES = 1 << 20
 _RECENT_FRAMES = 128  # headers of the newest frames kept decoded: shipping and applying read them right after append
 
 
 def _wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class FrameRef:
-    """Where a whole frame lies: `size_bytes` of records at `offset` of the segment with that sequence number."""
-
-    header: FrameHeader
-    segment: int
-    offset: int
-    size_bytes: int
-    payload_bytes: int
-    header_bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.header} at byte {self.offset} of segment {self.segment:016x}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,32 +66,6 @@ class LogStatistics:
     pruned_segments: int
     pruned_past_keep_from: int  # segments dropped although a follower needed them: it is re-seeded (R9)
     pins_dropped: int
-
-
-class Payload:
-    """The LTX payload of a frame in the log, readable anywhere; the record framing is skipped by arithmetic."""
-
-    __slots__ = ("_first", "_segment", "size_bytes")
-
-    def __init__(self, segment: Segment, first_part: int, size_bytes: int) -> None:
-        self._segment = segment
-        self._first = first_part
-        self.size_bytes = size_bytes
-
-    def read_at(self, offset: int, size_bytes: int) -> bytes:
-        """Return up to `size_bytes` bytes from `offset`: fewer only at the payload's end.
-
-        Raises CorruptLog when the file has shrunk, StorageFailed.
-        """
-        end = min(offset + size_bytes, self.size_bytes)
-        pieces = []
-        while offset < end:
-            part, within = divmod(offset, PART_BYTES)
-            take = min(end - offset, PART_BYTES - within)
-            at = self._first + part * (PART_BYTES + RECORD_OVERHEAD) + RECORD_HEADER_SIZE + within
-            pieces.append(self._segment.read(at, take))
-            offset += take
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class FrameAppender:
@@ -174,7 +133,7 @@ class Log:
     def __init__(
         self,
         directory: Path,
-        segments: tuple[Segment, ...],
+        segments: SegmentList,
         limits: LogLimits,
         clock: Callable[[], float],
         wall_clock_ms: Callable[[], int],
@@ -184,18 +143,19 @@ class Log:
         self._clock = clock
         self._wall_clock_ms = wall_clock_ms
         self._segments = segments
-        self._next_sequence = segments[-1].head.sequence + 1
-        self._cluster = segments[-1].head.cluster
+        self._next_sequence = segments.last.head.sequence + 1
+        self._cluster = segments.last.head.cluster
         # The segment that grows (None once closed) and the tip, replaced together so that a sync sees a pair that fits.
-        self._head: tuple[Segment | None, Tip] = (segments[-1], segments[-1].tip)
-        self._durable = segments[-1].tip
-        self._terms = TermHistory(segments[-1].terms())
+        self._head: tuple[Segment | None, Tip] = (segments.last, segments.last.tip)
+        self._durable = segments.last.tip
+        self._terms = TermHistory(segments.last.terms())
         self._recent: dict[Position, FrameRef] = {}
         self._appender: FrameAppender | None = None
         self._rotate_next = False
         self._failed: str | None = None
         self._pins: list[Pin] = []
         self._lock = threading.Lock()  # the list of segments and the pins; never held across a system call
+        self._reshape_lock = threading.Lock()  # one prune, reset or truncation at a time; taken before the others
         self._sync_lock = threading.Lock()  # one fsync at a time: the kernel reports an error to one caller only
         self._cut_bytes = self._pruned = self._pruned_past = self._pins_dropped = 0
 
@@ -215,40 +175,28 @@ class Log:
     ) -> Self:
         """Verify the log in `directory`, cut a torn end away and fsync it; or begin one at `base` if there is none.
 
-        `terms` (what is known of term starts up to `base`) counts, like `base`, only for a new log. Reads every byte,
-        about a second for 1 GB. Raises CorruptLog for damage, HistoryMismatch for a log of another cluster,
-        StorageFailed.
+        `terms` (what is known of term starts up to `base`) counts, like `base`, only for a new log. Reads every byte:
+        about 0.3 s for 1 GB and 20 us for each frame. Raises CorruptLog for damage, HistoryMismatch for a log of
+        another cluster, StorageFailed.
         """
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for leftover in directory.glob("*.new"):
-                leftover.unlink()  # never had its final name, so it never counted
-            _replace_after_failed_fsync(directory)
-        except OSError as error:
-            raise StorageFailed(f"{directory} cannot be prepared: {error.strerror}") from error
-        segments = _open_segments(directory, cluster)
-        try:
-            _delete_before(directory, segments)
-        except OSError as error:
-            raise StorageFailed(f"{directory}: an old segment cannot be deleted: {error.strerror}") from error
+        segments, cut_bytes = open_segments(directory, cluster)
         if not segments:
             starts = terms.starts() if terms is not None else ()
             head = SegmentHead(SegmentFlags.RESET, cluster, 1, base, wall_clock_ms(), starts)
             try:
-                segments = (Segment.create(directory, head),)
+                segments = SegmentList([Segment.create(directory, head)])
                 sync_directory(directory.parent)
             except OSError as error:
                 raise StorageFailed(f"{directory}: no segment can be made: {error.strerror}") from error
-        cut_bytes = _verify(segments)
         log = cls(directory, segments, limits, clock, wall_clock_ms)
         log._cut_bytes = cut_bytes
-        log._sync_descriptor(segments[-1])
+        log._sync_descriptor(segments.last)
         return log
 
     def close(self) -> None:
         """Let go of the files. Does not sync. Readers that still hold a segment may finish."""
         with self._lock:
-            self._segments = ()
+            self._segments = SegmentList()
             self._recent = {}
             self._head = (None, self._head[1])
 
@@ -267,17 +215,17 @@ class Log:
     @property
     def base(self) -> Tip:
         """The state before the oldest frame kept."""
-        return self._snapshot()[0].base
+        return self._list().first.base
 
     @property
     def page_size(self) -> int:
         """Bytes of a database page, from the newest frame that knows; 0 while none does."""
-        return next((segment.page_size for segment in reversed(self._snapshot()) if segment.page_size), 0)
+        return next((segment.page_size for segment in reversed(self._list()) if segment.page_size), 0)
 
     @property
     def last_time_ms(self) -> int:
         """Time of the newest frame (or of the log's beginning): no later frame may be dated before it (R3)."""
-        return max(segment.last_time_ms for segment in self._snapshot()[-2:])
+        return max(segment.last_time_ms for segment in self._list()[-2:])
 
     @property
     def cluster(self) -> bytes:
@@ -288,9 +236,9 @@ class Log:
         return TermHistory(self._terms.starts())
 
     def statistics(self) -> LogStatistics:
-        segments = self._snapshot()
+        segments = self._list()
         return LogStatistics(
-            base=segments[0].base,
+            base=segments.first.base,
             tip=self.tip,
             durable=self._durable.position,
             frames=sum(segment.count for segment in segments),
@@ -384,16 +332,15 @@ class Log:
         try:
             segment = Segment.create(self._directory, head)
         except OSError as error:
-            # Its file may be there after all, so the old segment must not grow past the state it begins from.
-            self._rotate_next = True
             message = f"{self._directory}: no new segment can be made: {error.strerror}. "
-            if flags & SegmentFlags.RESET:
-                self._failed = message + "At the next start the log begins anew or is unchanged; the process must end"
+            if (self._directory / head.file_name).exists():
+                # The next start will find it, or not: what this life would add elsewhere might not fit to it.
+                self._failed = message + "Its name may or may not be durable, so the process must end"
                 raise StorageFailed(self._failed) from error
             raise StorageFailed(message + f"The log still ends at {self.tip}") from error
         self._rotate_next = False
         with self._lock:
-            self._segments = (*(old for old in self._segments if old in keep), segment)
+            self._segments = SegmentList([*(old for old in self._segments if old in keep), segment])
         self._head = (segment, base)
         return segment
 
@@ -443,7 +390,7 @@ class Log:
             "lost here and were not acknowledged by this node; the process must end and check the log at its next start"
         )
         with suppress(OSError):  # best effort: on a disk that fails, this may fail as well
-            (self._directory / _MARKER).write_text(f"{segment.path.name}: {error}\n")
+            (self._directory / FAILED_FSYNC).write_text(f"{segment.path.name}: {error}\n")
         raise StorageFailed(self._failed) from error
 
     # --- reading (any thread) ---------------------------------------------------------------------------------
@@ -454,9 +401,7 @@ class Log:
         Raises LogTruncated when that lies before the base, HistoryMismatch when this history does not have it: either
         way the asker needs a snapshot or a rewind.
         """
-        segments = self._snapshot()
-        index, frames = self._place(segments, position)
-        found = segments[index].tip_after(frames)
+        found = self._list().tip_at(position)
         if found.checksum != checksum:
             raise HistoryMismatch(
                 f"at {position} this log has checksum {found.checksum:016x}, not {checksum:016x}: "
@@ -469,20 +414,11 @@ class Log:
 
         Raises LogTruncated or HistoryMismatch when `position` is not the end of a frame here.
         """
-        segments = self._snapshot()
+        segments = self._list()
         recent = self._recent.get(position)
-        if recent is not None and recent.segment >= segments[0].head.sequence:
+        if recent is not None and recent.segment >= segments.first.head.sequence:
             return recent
-        index, number = self._place(segments, position)
-        while number >= segments[index].count:
-            index, number = index + 1, 0
-            if index == len(segments):
-                return None
-        segment = segments[index]
-        header = segment.header(number)
-        offset, header_bytes, payload_bytes = segment.layout(number)
-        size_bytes = frame_size(header_bytes, payload_bytes)
-        return FrameRef(header, segment.head.sequence, offset, size_bytes, payload_bytes, header_bytes)
+        return segments.next_after(position)
 
     def frames_after(self, position: Position) -> Iterator[FrameRef]:
         """All frames after `position`, in order, to the tip as it is when it is reached.
@@ -499,43 +435,22 @@ class Log:
 
     def read(self, ref: FrameRef) -> bytes:
         """All record bytes of a frame, ready for shipping. For frames of at most 16 MiB; above, use `chunks` (R6)."""
-        return self._segment(ref).read(ref.offset, ref.size_bytes)
+        return self._list().holding(ref).read(ref.offset, ref.size_bytes)
 
     def chunks(self, ref: FrameRef, size_bytes: int = _CHUNK_BYTES) -> Iterator[bytes]:
         """The record bytes of a frame in pieces of `size_bytes`, the last one shorter."""
-        segment = self._segment(ref)
+        segment = self._list().holding(ref)
         end = ref.offset + ref.size_bytes
         return (segment.read(at, min(size_bytes, end - at)) for at in range(ref.offset, end, size_bytes))
 
     def payload(self, ref: FrameRef) -> Payload:
         """The LTX payload of a frame. It stays readable while held, even if the log is pruned meanwhile."""
-        return Payload(self._segment(ref), ref.offset + ref.header_bytes, ref.payload_bytes)
+        return Payload(self._list().holding(ref), ref.offset + ref.header_bytes, ref.payload_bytes)
 
-    def _snapshot(self) -> tuple[Segment, ...]:
-        segments = self._segments
-        if not segments:
+    def _list(self) -> SegmentList:
+        if not self._segments:
             raise ValueError("the log is closed")
-        return segments
-
-    def _segment(self, ref: FrameRef) -> Segment:
-        for segment in reversed(self._snapshot()):
-            if segment.head.sequence == ref.segment:
-                return segment
-        raise LogTruncated(f"{ref} is no longer in the log, which begins at {self.base}")
-
-    def _place(self, segments: tuple[Segment, ...], position: Position) -> tuple[int, int]:
-        """(index of a segment, number of its frames up to `position`): where reading on from `position` begins."""
-        wanted = (position.term, position.txid)
-        base = segments[0].base.position
-        if position == base:
-            return 0, 0
-        after = bisect_left(segments, wanted, key=lambda segment: _order(segment.base.position))
-        number = segments[after - 1].find(position) if after else None
-        if number is not None:
-            return after - 1, number + 1
-        if position.term <= base.term and position.txid <= base.txid:
-            raise LogTruncated(f"the log begins at {base}; what follows {position} is no longer in it")
-        raise HistoryMismatch(f"{position} is not the end of a frame in this log, which goes from {base} to {self.tip}")
+        return self._segments
 
     # --- retention --------------------------------------------------------------------------------------------
 
@@ -543,14 +458,14 @@ class Log:
         """Keep everything after `position` until released. Raises LogTruncated or HistoryMismatch, as `next_after`."""
         pin = Pin(position, clock=self._clock, move=self._move_pin, release=self._release_pin)
         with self._lock:
-            self._place(self._snapshot(), position)
+            self._list().place(position)
             self._pins.append(pin)
         return pin
 
     def _move_pin(self, pin: Pin, position: Position) -> None:
         with self._lock:
             if pin.dropped:
-                self._place(self._snapshot(), position)
+                self._list().place(position)
                 pin.dropped = False
                 self._pins.append(pin)
             pin.position = position
@@ -562,24 +477,28 @@ class Log:
     def prune(self, *, keep_from: int | None, now_ms: int) -> int:
         """Delete the oldest segments that the limits, pins and `keep_from` (a txid) let go; returns bytes freed.
 
-        May be called from any one thread. Raises StorageFailed when a file cannot be deleted.
+        From any thread. Raises StorageFailed when a file cannot be deleted; it is then deleted after a restart.
         """
+        with self._reshape_lock:
+            gone = self._let_go(keep_from, now_ms)
+            self._delete(gone)
+            return sum(segment.end for segment in gone)
+
+    def _let_go(self, keep_from: int | None, now_ms: int) -> tuple[Segment, ...]:
         now = self._clock()
         with self._lock:
             for pin in [pin for pin in self._pins if now - pin.last_heard >= PIN_SILENCE_SECONDS]:
                 pin.dropped = True
                 self._pins.remove(pin)
                 self._pins_dropped += 1
-            segments = self._snapshot()
+            segments = self._list()
             facts = [SegmentFacts(each.end, each.tip.position, each.last_time_ms) for each in segments]
             pinned = [pin.position for pin in self._pins]
             plan = plan_prune(facts, pinned, self._limits, keep_from=keep_from, now_ms=now_ms)
-            self._segments = segments[plan.segments :]
+            self._segments = SegmentList(segments[plan.segments :])
             self._pruned += plan.segments
             self._pruned_past += plan.past_keep_from
-        gone = segments[: plan.segments]
-        self._delete(gone)
-        return sum(segment.end for segment in gone)
+        return segments[: plan.segments]
 
     def _delete(self, segments: tuple[Segment, ...]) -> None:
         """Delete files in the order given, each durably before the next: a crash must leave no gap in the middle."""
@@ -598,14 +517,14 @@ class Log:
         Pins are dropped. A crash in between leaves the old log or the new one. Raises StorageFailed. Appending thread.
         """
         self._check_idle()
-        with self._sync_lock:
-            old = self._snapshot()
+        with self._reshape_lock, self._sync_lock:
+            old = self._list()
             starts = terms.starts() if terms is not None else ()
             self._start_segment(SegmentFlags.RESET, base, starts, keep=())
             self._durable = base
             self._terms = TermHistory(starts)
             self._forget_readers()
-        self._delete(old)
+            self._delete(old)
 
     def truncate_to(self, position: Position) -> None:
         """Remove every frame after `position`, durably (for a rewind, R12). Appending thread.
@@ -615,22 +534,22 @@ class Log:
         bytes.
         """
         self._check_idle()
-        with self._sync_lock:
-            segments = self._snapshot()
-            index, frames = self._place(segments, position)
+        with self._reshape_lock, self._sync_lock:
+            segments = self._list()
+            index, frames = segments.place(position)
             if frames == segments[index].count and index == len(segments) - 1:
                 self._sync_descriptor(segments[index])
                 self._durable = self.tip
                 return
             kept = Segment.open(segments[index].path)
-            damage = kept.verify()
+            damage = verify(kept)
             if damage is not None and index < len(segments) - 1 and damage.torn and kept.tip == segments[index].tip:
                 damage = None  # remains of a failed append, left behind for the next segment
             if damage is not None:
-                raise CorruptLog(_describe(kept, damage, self.tip))
+                raise CorruptLog(describe_damage(kept, damage, self.tip))
             kept.cut(frames)
             with self._lock:
-                self._segments = (*segments[:index], kept)
+                self._segments = SegmentList([*segments[:index], kept])
             self._forget_readers()
             self._rotate_next = True
             self._head = (kept, kept.tip)
@@ -657,10 +576,6 @@ class Log:
             self._pins.clear()
 
 
-def _order(position: Position) -> tuple[int, int]:
-    return position.term, position.txid
-
-
 def _layout(
     head: bytes | bytearray | memoryview, tail: bytes | bytearray | memoryview, size_bytes: int
 ) -> tuple[int, int]:
@@ -673,83 +588,3 @@ def _layout(
     if size_bytes != expected:
         raise CorruptRecord(f"a frame with {end.payload_bytes} bytes of payload has {size_bytes} bytes, not {expected}")
     return header_bytes, end.payload_bytes
-
-
-def _replace_after_failed_fsync(directory: Path) -> None:
-    """After a failed fsync in an earlier life, write the last segment anew (R5). Raises OSError.
-
-    The kernel may hold pages of it that it believes to be clean though they never reached the disk; only bytes that
-    are written again can be made durable.
-    """
-    marker = directory / _MARKER
-    if not marker.exists():
-        return
-    names = sorted(directory.glob("*.seg"))
-    if names:
-        temporary = names[-1].with_suffix(".new")
-        with names[-1].open("rb") as source, temporary.open("wb") as target:
-            while piece := source.read(_CHUNK_BYTES):
-                target.write(piece)
-            target.flush()
-            os.fsync(target.fileno())
-        temporary.replace(names[-1])
-        sync_directory(directory)
-    marker.unlink()
-    sync_directory(directory)
-
-
-def _open_segments(directory: Path, cluster: bytes) -> tuple[Segment, ...]:
-    """Open all segments since the last reset, oldest first. Those before it are not even looked at."""
-    segments: list[Segment] = []
-    for path in sorted(directory.glob("*.seg"), reverse=True):
-        segment = Segment.open(path)
-        if segment.head.cluster != cluster:
-            raise HistoryMismatch(
-                f"{path} belongs to cluster {segment.head.cluster.hex()}, not {cluster.hex()}. Nothing was changed"
-            )
-        segments.insert(0, segment)
-        if segment.head.flags & SegmentFlags.RESET:
-            break
-    return tuple(segments)
-
-
-def _delete_before(directory: Path, segments: tuple[Segment, ...]) -> None:
-    """Delete the segments that an interrupted reset left. Raises OSError."""
-    if segments and segments[0].head.flags & SegmentFlags.RESET:
-        for path in sorted(directory.glob("*.seg")):
-            if path.name < segments[0].path.name:
-                path.unlink()
-                sync_directory(directory)
-
-
-def _verify(segments: tuple[Segment, ...]) -> int:
-    """Read and index every frame; cut a torn end. Returns the bytes cut. Raises CorruptLog."""
-    cut_bytes = 0
-    for number, segment in enumerate(segments):
-        damage = segment.verify()
-        following = segments[number + 1].base if number + 1 < len(segments) else None
-        if following is not None and segment.tip != following:
-            damage = damage or Damage(segment.end, f"the next segment begins at {following}", torn=False)
-            raise CorruptLog(_describe(segment, damage, following))
-        if damage is None:
-            continue
-        if following is None and not damage.torn:
-            raise CorruptLog(_describe(segment, damage, None))
-        # Either a write that was cut short, or remains of a failed append that the next segment took the place of:
-        # its base is this segment's tip, so nothing that ever counted lies in them.
-        cut_bytes += segment.size_bytes() - segment.end
-        try:
-            os.ftruncate(segment.descriptor, segment.end)
-            os.fsync(segment.descriptor)
-        except OSError as error:
-            raise StorageFailed(f"{segment.path}: its torn end cannot be cut: {error.strerror}") from error
-    return cut_bytes
-
-
-def _describe(segment: Segment, damage: Damage, until: Tip | None) -> str:
-    affected = f"{segment.tip.position} and up to {until.position}" if until else f"{segment.tip.position}"
-    return (
-        f"{segment.path.name} at byte {damage.offset}: {damage.reason}. Affected are the frames after {affected}; "
-        "nothing was changed. This node must stay out of acknowledgments until it has a new copy: "
-        "move its directory away and let it join again"
-    )

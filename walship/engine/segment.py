@@ -17,11 +17,9 @@ readers in other threads read without a lock.
 from __future__ import annotations
 
 import os
-import re
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntFlag
@@ -30,7 +28,7 @@ from typing import Self
 
 from walship.engine import failpoints
 from walship.errors import CorruptLog, CorruptRecord, StorageFailed
-from walship.formats.frame import PART_BYTES, FrameAssembler, FrameComplete, FrameEnd, FrameHeader, FrameStarted
+from walship.formats.frame import PART_BYTES, FrameEnd, FrameHeader
 from walship.formats.position import Position, Tip
 from walship.formats.record import (
     MAX_BODY,
@@ -43,7 +41,6 @@ from walship.formats.record import (
 
 __all__ = [
     "END_RECORD_BYTES",
-    "Damage",
     "Segment",
     "SegmentFlags",
     "SegmentHead",
@@ -54,7 +51,6 @@ __all__ = [
 
 END_RECORD_BYTES = RECORD_OVERHEAD + len(FrameEnd(0, 0, 0).to_body())
 MAX_TERMS = 1024  # the newest are kept; a position of an older term is then judged as unknown, never as covered
-_READ_BYTES = 1 << 20
 _HEAD = struct.Struct(">4sI16sQQQQIqI")
 _PAIR = struct.Struct(">QQ")
 _MAGIC = b"WSL1"
@@ -116,15 +112,6 @@ class SegmentHead:
 
     def __str__(self) -> str:
         return f"segment {self.file_name} from {self.base}"
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Where a segment stops making sense. `torn` = explained by a write cut short: nothing good follows."""
-
-    offset: int
-    reason: str
-    torn: bool
 
 
 class _Descriptor:
@@ -327,111 +314,11 @@ class Segment:
         ):
             del column[frames:]
 
-    # --- verifying at start -----------------------------------------------------------------------------------
-
-    def verify(self) -> Damage | None:
-        """Read the whole file and index its frames. Returns where it stops making sense, None when it never does.
-
-        Frames before the damage are indexed and good: every checksum fits and each frame follows the one before.
-        """
-        reader = RecordReader()
-        assembler = FrameAssembler()
-        start, offset = self.end, self.end
-        frame_at, header_bytes = start, 0
-        while True:
-            record_at = start + reader.consumed_bytes
-            try:
-                record = reader.next_record()
-            except CorruptRecord as error:
-                return self._damage(record_at, str(error))
-            if record is None:
-                data = self._read_some(offset)
-                if data:
-                    reader.receive_data(data)
-                    offset += len(data)
-                    continue
-                if reader.pending_bytes:
-                    return self._damage(record_at, "a record is cut short")
-                if record_at != self.end:
-                    return Damage(self.end, "the last frame has no end", torn=True)
-                return None
-            try:
-                event = assembler.feed(record)
-                if isinstance(event, FrameStarted):
-                    frame_at, header_bytes = record_at, record.size_bytes
-                    self._check_follows(event.header)
-                elif isinstance(event, FrameComplete):
-                    payload_bytes = event.end.payload_bytes
-                    if record_at + record.size_bytes - frame_at != frame_size(header_bytes, payload_bytes):
-                        raise CorruptRecord("a frame's parts are not of the agreed size")
-                    self.add(event.header, header_bytes, payload_bytes, record_at + record.size_bytes)
-            except CorruptRecord as error:
-                return Damage(record_at, str(error), torn=False)
-
-    def _read_some(self, offset: int) -> bytes:
-        try:
-            return os.pread(self.descriptor, _READ_BYTES, offset)
-        except OSError as error:
-            raise StorageFailed(f"{self.path} cannot be read at byte {offset}: {error.strerror}") from error
-
-    def _check_follows(self, header: FrameHeader) -> None:
-        tip = self.tip
-        if header.cluster != self.head.cluster:
-            raise CorruptRecord(f"{header} is of another cluster")
-        if header.previous != tip.position or header.previous_checksum != tip.checksum:
-            raise CorruptRecord(f"{header} does not follow {tip}")
-
-    def _damage(self, offset: int, reason: str) -> Damage:
-        good = next(self._good_records(offset + 1), None)
-        if good is None:
-            return Damage(offset, reason, torn=True)
-        return Damage(offset, f"{reason}, but a good record follows at byte {good}", torn=False)
-
-    def _good_records(self, offset: int) -> Iterator[int]:
-        """Offsets of well-formed frame records at or after `offset`, wherever they are.
-
-        Cheap tests come first: random and zero-filled data has many bytes that could begin a record, but hardly any
-        that also end where another record, or the file, begins. Only those have their checksum computed.
-        """
-        size = self.size_bytes()
-        while offset < size:
-            window = self.read(offset, min(4 * _READ_BYTES, size - offset))
-            for match in _RECORD_START.finditer(window):
-                at = offset + match.start()
-                if self._is_good_record(at, size):
-                    yield at
-            overlap = RECORD_HEADER_SIZE - 1  # a match needs the whole record header inside one window
-            if len(window) <= overlap:
-                return
-            offset += len(window) - overlap
-
-    def _is_good_record(self, at: int, size: int) -> bool:
-        head = self.read(at, min(RECORD_HEADER_SIZE + 4, size - at))
-        kind = head[0]
-        end = at + RECORD_OVERHEAD + int.from_bytes(head[4:8], "big")
-        if end > size or end - at > RECORD_OVERHEAD + MAX_BODY:
-            return False
-        if kind == Kind.FRAME_HEADER and head[8:12] != b"WSF1":
-            return False
-        if kind == Kind.FRAME_END and end - at != END_RECORD_BYTES:
-            return False
-        if kind == Kind.FRAME_PART and end < size:
-            following = self.read(end, min(4, size - end))
-            if len(following) == 4 and following[1:] != b"\x01\0\0":
-                return False
-        reader = RecordReader()
-        reader.receive_data(self.read(at, end - at))
-        try:
-            return reader.next_record() is not None
-        except CorruptRecord:
-            return False
-
 
 _ADVICE = (
     "Nothing was changed. What the log held before that is still good; this node must be given a new copy: "
     "move its directory away and let it join again"
 )
-_RECORD_START = re.compile(rb"[\x01-\x03]\x01\x00\x00(?=\x00[\x00-\x11][\x00-\xff]{2})")  # length <= MAX_BODY
 
 
 def frame_size(header_bytes: int, payload_bytes: int) -> int:
