@@ -220,9 +220,9 @@ class Feed:
         """Serve until the connection ends. Raises an exception group; `Ended` in it is a clean end."""
         self._writer.write(self._protocol.send_welcome(self._welcome(answer)) + self._heartbeat())
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._listen(reader), name=f"acks of {self.hello.name}")
             group.create_task(self._beat(), name=f"heartbeats to {self.hello.name}")
             group.create_task(self._ship(answer), name=f"frames to {self.hello.name}")
+            await self._listen(reader)  # in the body: see raise_if_cancelled
 
     def _welcome(self, answer: FromLog | FromSnapshot) -> Welcome:
         source = self._source

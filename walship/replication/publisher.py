@@ -32,6 +32,7 @@ from walship.replication.holds import Holds
 from walship.replication.messages import GoodbyeReason, Hello, Refusal
 from walship.replication.protocol import LeaderProtocol
 from walship.replication.tail import Tail
+from walship.replication.threads import raise_if_cancelled
 
 __all__ = [
     "FeedLimits",
@@ -242,9 +243,11 @@ class Publisher:
         self._seeds += isinstance(answer, FromSnapshot)
         _log.info("attach follower=%s voter=%s: %s; %s", hello.name, hello.voter, hello, answer)
         try:
-            await feed.run(reader, answer)
-        except BaseExceptionGroup as group:
-            self._judge(feed, group)
+            try:
+                await feed.run(reader, answer)
+            except BaseExceptionGroup as group:
+                self._judge(feed, group)
+                raise_if_cancelled()
         except asyncio.CancelledError:
             feed.stop(GoodbyeReason.STOPPING, f"{self._source.name} is shutting down")
             raise

@@ -40,7 +40,7 @@ from walship.replication.protocol import (
     SnapshotEnded,
     SnapshotPartReceived,
 )
-from walship.replication.threads import in_thread
+from walship.replication.threads import in_thread, raise_if_cancelled
 
 __all__ = ["Identity", "Receiver", "Seed", "Sink", "SubscriberLimits", "Tally"]
 
@@ -233,11 +233,13 @@ class Receiver:
         """
         try:
             self._writer.write(self._protocol.send_hello())
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._receive(), name="frames from the leader")
-                group.create_task(self._acknowledge(), name="acks to the leader")
-        except BaseExceptionGroup as group_error:
-            raise _worst(group_error) from None
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._acknowledge(), name="acks to the leader")
+                    await self._receive()  # in the body: see raise_if_cancelled
+            except BaseExceptionGroup as errors:
+                raise_if_cancelled()
+                raise _worst(errors) from None
         except asyncio.CancelledError:
             if self._protocol.phase is not Phase.CLOSED:
                 self._writer.write(self._protocol.send_goodbye(Goodbye(GoodbyeReason.STOPPING, "the follower stops")))

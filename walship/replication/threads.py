@@ -1,4 +1,4 @@
-"""One hop to a worker thread for a call that blocks."""
+"""Two small things about cancellation: a hop to a worker thread, and a cancel that a task group swallowed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["in_thread"]
+__all__ = ["in_thread", "raise_if_cancelled"]
 
 T = TypeVar("T")
 
@@ -26,3 +26,16 @@ async def in_thread(function: Callable[..., T], *args: object) -> T:
         if not future.cancelled():
             future.exception()  # looked at, or asyncio reports it as never retrieved
         raise
+
+
+def raise_if_cancelled() -> None:
+    """Raise CancelledError if the running task was cancelled and that got lost.
+
+    A TaskGroup that is cancelled while a child fails raises the child's error alone; a loop that takes such an error
+    for the end of one try would go on for ever. To be called where it is caught. Only right when the group's body
+    waits inside the `async with` to the end: in Python 3.11 a child that fails while the group is already closing
+    leaves its parent marked as cancelled.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
