@@ -1,0 +1,189 @@
+"""What a node tells about itself: `/status`, `/health`, `/metrics`, and the status that goes to proxies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from walship import __version__
+from walship.formats import link
+from walship.formats.position import Position
+from walship.metrics import NodeMetrics
+from walship.node.role import Role
+
+if TYPE_CHECKING:
+    from walship.node.node import Node
+
+__all__ = ["Report"]
+
+
+class Report:
+    """Renders the state of one node; keeps none of its own but the metrics registry."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.numbers = NodeMetrics()
+
+    def unhealthy(self) -> str | None:
+        return self._node.unready()
+
+    def status(self) -> Mapping[str, object]:
+        """The body of /status (docs/operations.md)."""
+        node = self._node
+        leader_name, leader_url, term = node.leader
+        marks = node.watermarks
+        positions = {
+            name: str(getattr(marks, name))
+            for name in ("captured", "durable", "acked", "logged", "publishing", "applied")
+        }
+        return {
+            "cluster": node.cluster.hex(),
+            "name": node.name,
+            "node_id": node.node_id,
+            "role": node.role.value,
+            "voter": node.voter,
+            "url": node.url,
+            "zone": node.config.zone,
+            "pid": os.getpid(),
+            "version": __version__,
+            "database": node.member.state.state.database_path,
+            "term": term,
+            "leader": leader_name,
+            "leader_url": leader_url,
+            "ack": node.member.record.acks,
+            "txid": self.applied().txid,
+            "durable_txid": self.durable().txid,
+            "lag_txids": self.lag_txids(),
+            "lag_seconds": self.lag_seconds(),
+            "healthy": node.unready() is None,
+            "unhealthy_reason": node.unready(),
+            "since_ms": node.since_ms,
+            "verified_ms": node.verified_ms,
+            "positions": positions,
+            **self._details(),
+        }
+
+    def metrics(self) -> bytes:
+        """The body of /metrics."""
+        self._refresh()
+        return self.numbers.render()
+
+    def link_status(self) -> link.Status:
+        """What proxies route by. `in_flight` is filled in by the link server."""
+        node = self._node
+        serving = node.unready() is None
+        lag_seconds = self.lag_seconds()
+        return link.Status(
+            name=node.name,
+            node_id=node.node_id,
+            role=link.Role.LEADER if node.role is Role.LEADER else link.Role.FOLLOWER,
+            term=node.leader[2],
+            applied=self.applied(),
+            durable=self.durable(),
+            acked=node.watermarks.acked,
+            lag_ms=None if lag_seconds is None else int(lag_seconds * 1000),
+            flags=link.StatusFlags.SERVING if serving else link.StatusFlags(0),
+            history=node.watermarks.history.starts()[-link.MAX_HISTORY :],
+        )
+
+    def applied(self) -> Position:
+        """What a reader here sees."""
+        marks = self._node.watermarks
+        return marks.captured if self._node.leading is not None else marks.applied
+
+    def durable(self) -> Position:
+        marks = self._node.watermarks
+        return marks.durable if self._node.leading is not None else marks.logged
+
+    def lag_txids(self) -> int | None:
+        """Commits the leader is known to have and this node does not show; None while that is not known."""
+        node = self._node
+        if node.leading is not None:
+            return 0
+        follower = node.follower
+        if follower is None or follower.leader_tip is None:
+            return None
+        return max(0, follower.leader_tip.txid - node.watermarks.applied.txid)
+
+    def lag_seconds(self) -> float | None:
+        node = self._node
+        if node.leading is not None:
+            return 0.0
+        if node.follower is None or node.follower.leader_tip is None:
+            return None
+        return round(node.follower.lag_seconds(), 6)
+
+    def _details(self) -> dict[str, Any]:
+        node = self._node
+        details: dict[str, Any] = {}
+        if node.replica is not None:
+            log = node.replica.log.statistics()
+            details["log"] = {
+                "base": str(log.base.position),
+                "tip": str(log.tip.position),
+                "checksum": f"{log.tip.checksum:016x}",
+                "frames": log.frames,
+                "segments": log.segments,
+                "size_bytes": log.size_bytes,
+                "pruned_past_keep_from": log.pruned_past_keep_from,
+            }
+            details["wal_bytes"] = node.replica.database.wal_size_bytes()
+            details["page_size"] = node.replica.database.page_size
+        if node.writer is not None:
+            writer = node.writer.statistics()
+            details["writer"] = {
+                "jobs": writer.jobs,
+                "groups": writer.groups,
+                "queued": writer.queued,
+                "unacked_bytes": writer.unacked_bytes,
+                "turns": writer.turns,
+                "turns_expired": writer.turns_expired,
+            }
+        if node.publisher is not None:
+            published = node.publisher.statistics()
+            details["keep_from"] = published.keep_from
+            details["followers"] = [
+                {
+                    "name": each.name,
+                    "voter": each.voter,
+                    "durable": str(each.durable),
+                    "applied": str(each.applied),
+                    "lag_txids": each.lag_txids,
+                    "lag_bytes": each.lag_bytes,
+                }
+                for each in published.followers
+            ]
+        if node.subscriber is not None and node.follower is not None:
+            subscribed = node.subscriber.statistics()
+            details["replication"] = {
+                "link": subscribed.link.value,
+                "connections": subscribed.connections,
+                "failures": subscribed.failures,
+                "seeds": subscribed.seeds,
+                "mismatches": subscribed.mismatches,
+                "frames": subscribed.frames,
+                "batches": node.follower.batches(),
+                "last_error": subscribed.last_error,
+            }
+        return details
+
+    def _refresh(self) -> None:
+        """Gauges mirror the state at the moment they are asked for."""
+        node, metrics = self._node, self.numbers
+        metrics.term.set(node.leader[2])
+        for role in Role:
+            metrics.role.labels(role.value).set(role is node.role)
+        marks = node.watermarks
+        for name in ("captured", "durable", "acked", "logged", "publishing", "applied"):
+            metrics.position_txid.labels(name).set(getattr(marks, name).txid)
+        metrics.lag_txids.set(self.lag_txids() or 0)
+        metrics.lag_seconds.set(self.lag_seconds() or 0.0)
+        if node.replica is not None:
+            metrics.log_bytes.set(node.replica.log.statistics().size_bytes)
+            metrics.wal_bytes.set(node.replica.database.wal_size_bytes())
+        if node.publisher is not None:
+            followers = node.publisher.statistics().followers
+            metrics.followers.set(len(followers))
+            for each in followers:
+                metrics.follower_lag_txids.labels(each.name).set(each.lag_txids)
