@@ -15,6 +15,8 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
+from typing import cast
+
 from walship.errors import Overloaded, ProtocolViolation, Unavailable
 from walship.formats.link import (
     CURSOR_WINDOW,
@@ -210,8 +212,7 @@ class LinkConnection(asyncio.Protocol):
     # --- asyncio.Protocol ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         transport.write(
             f"GET {UPGRADE_PATH} HTTP/1.1\r\nhost: {self._host}\r\n"
