@@ -14,7 +14,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-
 from typing import cast
 
 from walship.errors import Overloaded, ProtocolViolation, Unavailable
