@@ -49,6 +49,7 @@ from walship.formats.link import (
     error_of,
 )
 from walship.formats.position import Position
+from walship.hrana.baton import CLOSED
 from walship.hrana.types import Level
 from walship.metrics import ProxyMetrics
 
@@ -59,6 +60,9 @@ RUN_SECONDS = 300.0
 
 CLOSE_SECONDS = 1.0
 """How long to wait for a node to close one of its streams."""
+
+PINNED_WAIT_MS = 5000
+"""How long the one node that can run a pinned stream's request may take to reach the floor; mostly it is there."""
 
 RETRY_SECONDS = 0.05
 """How long to wait for news when every node has refused, before all are asked again."""
@@ -196,7 +200,16 @@ class Dispatcher:
         connection = None if backend is None else backend.connection
         if backend is None or connection is None or backend.generation != pin.connection:
             raise stream_expired()
-        request = self.request(connection, plan, verb, version, stream=pin.stream, min_term=backend.term)
+        request = self.request(
+            connection,
+            plan,
+            verb,
+            version,
+            flags=RequestFlags.KEEP if plan.keep else RequestFlags.NONE,
+            stream=pin.stream,
+            floor=self.floors.needed(plan.settings),
+            wait_ms=PINNED_WAIT_MS,
+        )
         try:
             answer = await self.timed(send(connection, request))
         except LinkLost as lost:
@@ -356,7 +369,7 @@ class _Attempts(Generic[A]):
                 raise _outcome_unknown(backend.name, error) from error
             raise Unavailable(f"node {backend.name} ran this read for too long; nothing was changed") from error
         except _Refused as refused:
-            self._refused(backend, refused.refusal)
+            self._refused(backend, refused.refusal, request)
             return None
         if covered:
             now = self._loop.time()
@@ -368,7 +381,7 @@ class _Attempts(Generic[A]):
     def _flags(self) -> RequestFlags:
         if self._need is Need.READ:
             return RequestFlags.READ_ONLY
-        return RequestFlags.NONE if self._plan.closes else RequestFlags.KEEP
+        return RequestFlags.KEEP if self._plan.keep or self._stream.kept is not None else RequestFlags.NONE
 
     def _kept(self, backend: Backend) -> int:
         """The leader's record of this stream, 0 when there is none over the present connection."""
@@ -377,8 +390,11 @@ class _Attempts(Generic[A]):
             return 0
         return kept.stream if (kept.node, kept.connection) == (backend.name, backend.generation) else 0
 
-    def _refused(self, backend: Backend, refusal: Refusal) -> None:
+    def _refused(self, backend: Backend, refusal: Refusal, request: Request) -> None:
         reading = self._need is Need.READ
+        if request.stream and (refusal.code == "STREAM_EXPIRED" or refusal.message == CLOSED):
+            self._stream.kept = None  # the leader forgot its record of the stream before it ran anything
+            return
         if refusal.reason not in (_READ_ELSEWHERE if reading else _ELSEWHERE):
             raise error_of(refusal) from None
         if refusal.reason is Reason.NOT_READ_ONLY and reading:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -122,6 +123,10 @@ class Front:
             plan = self._plan(decoded, body, how)
             if not plan.closes:
                 self._streams.register(stream)
+            if plan.stored and (pin := self._streams.drop_kept(stream)) is not None:
+                self.orphaned_pins.append(pin)  # two copies of the stored texts would come to differ
+            keep = plan.need is Need.LEADER and not (plan.closes or plan.stored) and self._streams.may_keep
+            plan = replace(plan, keep=keep)
             if plan.settings is not settings:
                 stream.settings = plan.settings
         except WalshipError:
@@ -144,15 +149,13 @@ class Front:
             self._streams.close(stream)
             return None
         stream.stored = plan.stored
-        stream.has_state = stream.has_state or plan.makes_state
-        stream.autocommit = bool(flags & ReplyFlags.AUTOCOMMIT)
-        held = Pin(node, connection, node_stream) if node_stream else None
-        if stream.has_state or not stream.autocommit:
-            stream.pin, stream.kept = held, None
-        else:
-            stream.pin = None
-            stream.kept = held or (stream.kept if plan.need is Need.READ else None)
-        stream.has_state = stream.pin is not None and stream.has_state
+        self._streams.hold(
+            stream,
+            Pin(node, connection, node_stream) if node_stream else None,
+            autocommit=bool(flags & ReplyFlags.AUTOCOMMIT),
+            made_state=plan.makes_state,
+            read=plan.need is Need.READ,
+        )
         return self._streams.keep(stream, self._clock())
 
     def fail(self, stream: ClientStream, *, resumed: bool, error: BaseException) -> None:

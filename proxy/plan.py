@@ -41,6 +41,7 @@ __all__ = ["Known", "Plan", "plan_cursor", "plan_pipeline"]
 _READS = frozenset({Kind.READ_CANDIDATE, Kind.EMPTY, Kind.PRAGMA})
 _OPENS = frozenset({Kind.BEGIN_DEFERRED, Kind.BEGIN_IMMEDIATE, Kind.BEGIN_READONLY, Kind.SAVEPOINT})
 _ENDS = frozenset({Kind.COMMIT, Kind.RELEASE})
+_ENDS_ANY = frozenset({Kind.COMMIT, Kind.ROLLBACK})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Plan:
         makes_state: it says something that only one connection can keep.
         stored: the stream's stored texts afterwards.
         settings: the stream's settings afterwards, and for this request.
+        keep: ask the leader to remember the stream, although it has no state.
     """
 
     need: Need
@@ -67,6 +69,7 @@ class Plan:
     makes_state: bool
     stored: Mapping[int, str]
     settings: Settings
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,7 @@ class _Walk:
         self._known, self._limits = known, limits
         self._need = Need.READ
         self._texts: list[str] = []
+        self._read_only = False  # the request has said BEGIN READONLY
         self._closes = self._opens = self._commits = self._makes_state = False
 
     def plan(self, body: bytes) -> Plan:
@@ -234,7 +238,9 @@ class _Walk:
         kind = verdict.kind
         if verdict.pragma is not None and verdict.ruling is not None and verdict.ruling.action is Action.WALSHIP:
             return self._setting(verdict.pragma, apply=True)
-        if kind not in _READS:
+        if kind is Kind.BEGIN_READONLY:
+            self._read_only = True  # a follower runs it, and refuses what would write
+        elif kind not in _READS and not (self._read_only and kind in _ENDS_ANY):
             self._need = Need.LEADER
         if kind in _OPENS:
             self._opens = True

@@ -39,6 +39,8 @@ class StreamLimits:
     transaction_idle_seconds: float = 10.0
     state_idle_seconds: float = 300.0
     idle_seconds: float = 3600.0
+    kept_idle_seconds: float = 60.0
+    kept: int = 1024  # a node remembers 4096 streams; beyond this, new ones just have no last_insert_rowid() to ask for
     streams: int = 65_536
     stored_texts: int = 50
     stored_text_bytes: int = 5000
@@ -77,6 +79,7 @@ class Streams:
         self.limits = limits or StreamLimits()
         self._key, self._rng = key, rng
         self._streams: OrderedDict[int, ClientStream] = OrderedDict()  # least recently used first
+        self._kept: set[int] = set()
         self._closed: OrderedDict[int, bool] = OrderedDict()  # ended lately: True = expired with its state
 
     def __len__(self) -> int:
@@ -86,6 +89,34 @@ class Streams:
     def pinned(self) -> int:
         """How many streams hold a connection on some node."""
         return sum(stream.pin is not None for stream in self._streams.values())
+
+    @property
+    def may_keep(self) -> bool:
+        """May one more stream ask the leader to remember it?"""
+        return len(self._kept) < self.limits.kept
+
+    def hold(self, stream: ClientStream, held: Pin | None, *, autocommit: bool, made_state: bool, read: bool) -> None:
+        """Take what a reply says of a registered stream: `held` is the node's stream, None when the node keeps none.
+
+        A node stream that is more than a record of counters pins the client's; a read elsewhere changes nothing.
+        """
+        stream.autocommit = autocommit
+        stream.has_state = held is not None and (stream.has_state or made_state)
+        if stream.has_state or not autocommit:
+            stream.pin, stream.kept = held, None
+        else:
+            stream.pin = None
+            stream.kept = held or (stream.kept if read else None)
+        if stream.kept is None:
+            self._kept.discard(stream.id)
+        else:
+            self._kept.add(stream.id)
+
+    def drop_kept(self, stream: ClientStream) -> Pin | None:
+        """Go on without the leader's record; returns the node stream to close."""
+        pin, stream.kept = stream.kept, None
+        self._kept.discard(stream.id)
+        return pin
 
     def open(self) -> ClientStream:
         """A stream for a request without a baton. Nothing is kept of it until `register`."""
@@ -147,13 +178,20 @@ class Streams:
         if stream.known:
             self._streams.pop(stream.id, None)
             self._remember(stream.id, expired=expired)
+        self._kept.discard(stream.id)
         stream.pin, stream.kept, stream.autocommit, stream.known = None, None, True, False
 
     def sweep(self, now: float) -> list[Pin]:
         """End what sat idle too long; returns the node streams to close."""
         pins: list[Pin] = []
         for stream in list(self._streams.values()):
-            if stream.busy or now - stream.last_used <= self._idle_seconds(stream):
+            idle = now - stream.last_used
+            if stream.busy:
+                continue
+            if stream.kept is not None and idle > self.limits.kept_idle_seconds:
+                pins.append(stream.kept)
+                self.drop_kept(stream)
+            if idle <= self._idle_seconds(stream):
                 continue
             if stream.pin is not None:
                 pins.append(stream.pin)
@@ -170,7 +208,7 @@ class Streams:
             if pin is not None and pin.node == node and pin.connection == connection and not stream.busy:
                 self.close(stream, expired=True)
             elif stream.kept is not None and stream.kept.connection == connection and stream.kept.node == node:
-                stream.kept = None
+                self.drop_kept(stream)
 
     def pins(self) -> list[Pin]:
         """Every node stream held now, for draining."""
