@@ -15,6 +15,7 @@ import msgspec
 
 from walship.errors import ProtocolViolation
 from walship.hrana import json as hrana
+from walship.hrana.baton import CLOSED
 from walship.hrana.types import (
     And,
     Batch,
@@ -75,7 +76,7 @@ def resolve(requests: Sequence[StreamRequest], texts: dict[int, str], limits: Li
     closed = False
     for request in requests:
         if closed:
-            raise ProtocolViolation("Stream for this baton was closed")
+            raise ProtocolViolation(CLOSED)
         if isinstance(request, CloseRequest):
             closed = True
             items.append(hrana.ok("close"))

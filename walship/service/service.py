@@ -32,10 +32,12 @@ from walship.errors import (
     Overloaded,
     ProtocolViolation,
     StatementFailed,
+    TransactionTimeout,
 )
 from walship.formats.position import Position
 from walship.hrana import json as hrana
-from walship.hrana.types import Batch, BatchRequest, ErrorBody, Level
+from walship.hrana.baton import CLOSED
+from walship.hrana.types import Batch, BatchRequest, CloseRequest, ErrorBody, Level
 from walship.service.connections import Connections
 from walship.service.cursors import LaneCursor
 from walship.service.executor import Counters, Executor, Need, drive
@@ -103,13 +105,14 @@ class Service:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        del kind, error, traceback
         self._draining = True
         try:
             await self._end_streams()
             self._sweeper.cancel()
         finally:
             try:
-                await self._tasks.__aexit__(kind, error, traceback)
+                await self._tasks.__aexit__(None, None, None)  # the caller's own error stays its own
             finally:
                 await asyncio.to_thread(self._close)
 
@@ -125,6 +128,9 @@ class Service:
         try:
             if call.stream == 0:
                 return await self._pipeline(None, call)
+            if call.stream not in self._sessions and all(isinstance(r, CloseRequest) for r in call.requests):
+                # Some clients close what has died long ago (hrana.md 2.1).
+                return Reply([hrana.ok("close")] * len(call.requests), seen(self._host), 0, True)
             session = self._find(call.stream)
             async with _locked(session, self._limits):
                 return await self._pipeline(session, call)
@@ -186,7 +192,7 @@ class Service:
         texts = {} if session is None else session.texts
         items, closing = resolve(call.requests, texts, self._limits)
         needs = look(items, closing=closing)
-        if (session is not None and session.pinned) or needs.own_connection or not needs.certain:
+        if _has_state(session) or needs.own_connection or not needs.certain:
             return await self._on_stream(session, call, items, needs, closing=closing)
         counters = Counters() if session is None else session.counters
         if needs.writes:
@@ -277,7 +283,7 @@ class Service:
         """A follower gives connections only to transactions that say they only read."""
         if self._host.writer is not None or (session is not None and session.pinned):
             return
-        if needs.own_connection or needs.writes or not needs.read_only:
+        if needs.own_connection or not needs.read_only:
             self._check_may_write(call)
 
     async def _run_on_stream(
@@ -285,8 +291,8 @@ class Service:
     ) -> Reply:
         results: list[bytes] = []
         committed: Position | None = None
+        await self._open_call(session, call, needs)
         try:
-            await self._open_call(session, call, needs)
             for item in items:
                 if isinstance(item, bytes):
                     results.append(item)
@@ -305,10 +311,18 @@ class Service:
         return await self._end_call(session, call, results, position, closing=closing)
 
     async def _open_call(self, session: Session, call: Call, needs: Needs) -> None:
-        session.begin_call(read_only=call.read_only)
-        if call.floor is not None and session.needs_snapshot:
-            await fresh_enough(self._host, call.floor, call.wait_seconds)
-        await session.own(writer=self._host.writer is not None)
+        """Everything that can refuse a call before it has begun. A stream that existed stays as it was then."""
+        fresh = not session.calls
+        try:
+            session.begin_call(read_only=call.read_only)
+            if call.floor is not None and session.needs_snapshot:
+                await fresh_enough(self._host, call.floor, call.wait_seconds)
+            await session.own(writer=self._host.writer is not None)
+        except BaseException as error:
+            if fresh or isinstance(error, TransactionTimeout):
+                await self._close_session(session)
+            raise
+        session.calls += 1
         session.dirty = session.dirty or needs.own_connection
 
     async def _position_of(self, call: Call) -> Position:
@@ -358,7 +372,7 @@ class Service:
         texts = {} if session is None else session.texts
         batch = resolve_batch(batch, texts, self._limits)
         needs = look([BatchRequest(batch)], closing=False)
-        if (session is not None and session.pinned) or needs.own_connection or not needs.certain:
+        if _has_state(session) or needs.own_connection or not needs.certain:
             return await self._cursor_on_stream(session, call, batch, needs)
         counters = Counters() if session is None else session.counters
         if not needs.writes:
@@ -441,8 +455,8 @@ class Service:
         handed out slowly would hold its transaction, and maybe the write turn, at the client's pace."""
         chunks: list[bytes] = []
         size = 0
+        await self._open_call(session, call, needs)
         try:
-            await self._open_call(session, call, needs)
             lines = session.lines(batch)
             while (chunk := await session.chunk(lines)) is not None:
                 size += len(chunk)
@@ -484,7 +498,7 @@ class Service:
             return session
         if stream in self._expired:
             raise StatementFailed("The stream has expired due to inactivity", "STREAM_EXPIRED")
-        raise ProtocolViolation("Stream for this baton was closed")
+        raise ProtocolViolation(CLOSED)
 
     def _new_session(self) -> Session:
         if len(self._sessions) >= self._limits.streams:
@@ -510,6 +524,7 @@ class Service:
             session = self._new_session()
             session.texts, session.counters = texts, counters
         session.used_at = self._clock()
+        session.calls += 1
         return session.id
 
     async def _close_session(self, session: Session) -> None:
@@ -558,6 +573,11 @@ class Service:
             del self._expired[oldest]
 
 
+def _has_state(session: Session | None) -> bool:
+    """Does the stream own something here, or did it, so that its client must be told?"""
+    return session is not None and (session.pinned or session.expired)
+
+
 class _locked:
     """The lock of a stream, waited for within a bound: its calls run one after the other."""
 
@@ -574,7 +594,7 @@ class _locked:
             ) from None
         if self._session.closed:
             self._session.lock.release()
-            raise ProtocolViolation("Stream for this baton was closed")
+            raise ProtocolViolation(CLOSED)
 
     async def __aexit__(self, *_: object) -> None:
         self._session.lock.release()

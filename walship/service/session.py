@@ -83,6 +83,7 @@ class Session:
     dirty: bool = False
     closed: bool = False
     expired: bool = False
+    calls: int = 0
     _running: bool = False
     _read_only: bool = False
 
