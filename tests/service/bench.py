@@ -116,9 +116,17 @@ def code_of(result: Any) -> str:
 
 @asynccontextmanager
 async def leading(
-    directory: Path, limits: Limits, *, writer_limits: WriterLimits = WriterLimits(), clock: Any = time.monotonic
+    directory: Path,
+    limits: Limits,
+    *,
+    writer_limits: WriterLimits = WriterLimits(),
+    clock: Any = time.monotonic,
+    acknowledging: bool = True,
 ) -> AsyncIterator[Bench]:
-    """A one-node cluster with ack 0, its database in `directory`."""
+    """A one-node cluster with ack 0, its database in `directory`.
+
+    acknowledging: what is durable counts as acknowledged at once; False leaves `acked` to the test.
+    """
     directory.mkdir(exist_ok=True)  # noqa: ASYNC240
     state = StateFile.create(directory, DurableState("0" * 32, "node1", CLUSTER.hex(), str(directory / "db.sqlite")))
     marks = Marks(directory, state)
@@ -143,7 +151,7 @@ async def leading(
     def acknowledge() -> None:
         watermarks.acked = acks.covered(watermarks.durable)
 
-    end = watermarks.on_change(acknowledge)
+    end = watermarks.on_change(acknowledge if acknowledging else lambda: None)
     acknowledge()
     host = StandIn(replica.database, watermarks, writer)
     try:
