@@ -192,7 +192,8 @@ class Leader:
 
     def cut_connections(self) -> None:
         for writer in self.connections:
-            writer.transport.abort()
+            if not writer.transport.is_closing():
+                writer.transport.abort()
         self.connections.clear()
 
     @contextlib.asynccontextmanager
@@ -209,6 +210,7 @@ class Leader:
             self.cut_connections()
             server.close()
             await server.wait_closed()
+            await asyncio.sleep(0.01)  # connections that were just cut are closed in the next ticks
             self.log.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

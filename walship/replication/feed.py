@@ -26,6 +26,7 @@ from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
 from walship.formats.record import RECORD_HEADER_SIZE, RECORD_OVERHEAD
 from walship.replication.catchup import FromLog, FromSnapshot
+from walship.replication.hangup import abort, hang_up
 from walship.replication.holds import Holds
 from walship.replication.messages import (
     MAX_HISTORY,
@@ -191,12 +192,12 @@ class Feed:
         self.stopped_by_us = True
         if self._protocol.phase is not Phase.CLOSED:
             self._writer.write(self._protocol.send_goodbye(Goodbye(reason, message)))
-        self._writer.close()
+        hang_up(self._writer)
         self._wake.set()
 
     def abort(self) -> None:
         """Close at once; what is in the socket's buffer is lost."""
-        self._writer.transport.abort()
+        abort(self._writer)
 
     def statistics(self) -> FollowerStatistics:
         now = self._clock()
@@ -383,7 +384,7 @@ class Feed:
                     return await self._writer.drain()
             except TimeoutError as error:
                 if transport.get_write_buffer_size() >= before:
-                    transport.abort()  # a close would wait for the buffer that nobody reads
+                    abort(self._writer)  # a close would wait for the buffer that nobody reads
                     raise Unavailable(
                         f"the follower read nothing for {self._limits.silence_seconds:g} s, {before} bytes wait; "
                         "the connection is closed, it may come back and catch up"

@@ -28,6 +28,7 @@ from walship.replication.feed import (
     SnapshotStream,
     Source,
 )
+from walship.replication.hangup import LINGER_SECONDS, hang_up
 from walship.replication.holds import Holds
 from walship.replication.messages import GoodbyeReason, Hello, Refusal
 from walship.replication.protocol import LeaderProtocol
@@ -45,7 +46,6 @@ __all__ = [
 
 TAIL_BYTES = 8 << 20  # newest frames kept in memory: several group commits for a follower that is a moment behind
 MAX_FOLLOWERS = 64
-_CLOSE_SECONDS = 2.0
 _log = logging.getLogger("walship.publisher")
 
 
@@ -139,7 +139,7 @@ class Publisher:
             ended=dict(self._ended),
         )
 
-    async def close(self, *, timeout_seconds: float = _CLOSE_SECONDS) -> None:
+    async def close(self, *, timeout_seconds: float = LINGER_SECONDS) -> None:
         """Refuse new followers, say goodbye to all, and wait for their connections to end. Idempotent."""
         self._draining = True
         for feed in tuple(self._feeds.values()):
@@ -164,7 +164,7 @@ class Publisher:
         try:
             await self._serve(reader, writer)
         finally:
-            writer.close()
+            hang_up(writer)
             self._open -= 1
             if not self._open:
                 self._all_closed.set()

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import NoReturn
 
 from walship.errors import Fenced, HistoryMismatch, StorageFailed, Unavailable, WalshipError
+from walship.replication.hangup import hang_up
 from walship.replication.messages import AckFlags
 from walship.replication.receiver import Identity, Receiver, Seed, Sink, SubscriberLimits, Tally
 from walship.replication.upgrade import connect
@@ -170,4 +171,4 @@ class Subscriber:
             if receiver.seeded:
                 self._reseed = None
             self._receiver = None
-            writer.close()
+            hang_up(writer)
