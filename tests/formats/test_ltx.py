@@ -325,6 +325,22 @@ def test_an_index_that_does_not_fit_its_file_is_refused() -> None:
     assert len(index) == 3
 
 
+def test_an_index_that_does_not_agree_with_its_pages_is_refused() -> None:
+    """By the whole reader even when the file checksum fits, by the index reader when page frames would not join."""
+    data = bytearray(delta_file())
+    _, index = open_index(reader(bytes(data)), len(data))
+    stored = index.to_bytes()
+    at = data.index(stored, index.end)
+    data[at] += 1  # page 2 becomes another page 3
+    with pytest.raises(CorruptLtx, match="index"):
+        decode(seal(bytes(data)))
+    data[at] -= 1
+    data[at + 1] += 1  # its offset
+    for operation in (lambda: decode(seal(bytes(data))), lambda: open_index(reader(bytes(data)), len(data))):
+        with pytest.raises(CorruptLtx, match="index"):
+            operation()
+
+
 def test_a_place_that_is_not_the_page_frame_is_refused() -> None:
     data = delta_file()
     _, index = open_index(reader(data), len(data))

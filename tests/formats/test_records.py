@@ -106,6 +106,16 @@ def test_a_length_above_the_bound_is_refused_before_its_body_comes() -> None:
         reader.next_record()
 
 
+@pytest.mark.parametrize("head", [(14, 1, 0), (0, 1, 0), (20, 2, 0), (20, 0, 0), (20, 1, 1)], ids=str)
+def test_what_a_later_version_may_write_is_refused_not_guessed(head: tuple[int, int, int]) -> None:
+    """Unknown kind, other version, non-zero reserved field: each with a checksum that fits."""
+    data = struct.pack(">BBHI", *head, 1) + b"x"
+    reader = RecordReader()
+    reader.receive_data(data + struct.pack(">Q", 1 << 63 | crc64_bitwise(data)))
+    with pytest.raises(CorruptRecord):
+        reader.next_record()
+
+
 def test_a_body_above_the_bound_is_not_written() -> None:
     assert len(encode_record(Kind.FRAME_PART, bytes(MAX_BODY))) == MAX_BODY + RECORD_OVERHEAD
     with pytest.raises(ValueError, match="bound"):
