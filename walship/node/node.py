@@ -468,9 +468,9 @@ class Node:
         return self.replica
 
     def _service(self) -> Service:
-        reason = self.unready()
-        if self.service is None or reason is not None:
-            raise Unavailable(f"{reason}. Nothing was changed; try another node or connect to the proxy.")
+        # While stopping, the service itself refuses what is new (Draining) and lets open transactions end.
+        if self.service is None:
+            raise Unavailable(f"{self.unready()}. Nothing was changed; try another node or connect to the proxy.")
         return self.service
 
     def _node_record(self) -> NodeRecord:
