@@ -71,9 +71,17 @@ _LEVELS = {level: ReadLevel[level.name] for level in Level}
 
 # Refusals after which another attempt is right: nothing ran, and things may be different elsewhere or a moment later.
 _ELSEWHERE = frozenset(
-    {Reason.BEHIND, Reason.NOT_LEADER, Reason.DRAINING, Reason.FENCED, Reason.NOT_DONE, Reason.NOT_READ_ONLY}
+    {
+        Reason.BEHIND,
+        Reason.NOT_LEADER,
+        Reason.DRAINING,
+        Reason.FENCED,
+        Reason.NOT_DONE,
+        Reason.NOT_READ_ONLY,
+        Reason.UNAVAILABLE,
+    }
 )
-_READ_ELSEWHERE = _ELSEWHERE | {Reason.OVERLOADED, Reason.UNAVAILABLE, Reason.STORAGE}
+_READ_ELSEWHERE = _ELSEWHERE | {Reason.OVERLOADED, Reason.STORAGE}
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,24 @@ async def test_a_read_whose_link_breaks_is_repeated_elsewhere(start: Start) -> N
     assert await cluster.client.run("SELECT count(*) FROM t") == [[0]]
 
 
+@pytest.mark.parametrize("reason", [Reason.DRAINING, Reason.FENCED, Reason.NOT_LEADER, Reason.UNAVAILABLE])
+async def test_a_write_refused_before_it_ran_is_sent_again(start: Start, reason: Reason) -> None:
+    cluster = await start()
+    await table(cluster)
+    cluster.leader.refusals.append(reason)
+    assert await cluster.client.run("INSERT INTO t VALUES (1, 'one') RETURNING v") == [["one"]]
+    assert await cluster.client.run("SELECT count(*) FROM t") == [[1]]
+
+
+async def test_an_overloaded_leader_is_not_pressed(start: Start) -> None:
+    """R14: typed, not done, and the client decides when to come again."""
+    cluster = await start()
+    await table(cluster)
+    cluster.leader.refusals.append(Reason.OVERLOADED)
+    response = await cluster.client.post([execute("INSERT INTO t VALUES (1, 'one')"), CLOSE])
+    assert (response.status_code, response.json()["code"]) == (429, "WALSHIP_OVERLOADED")
+
+
 @pytest.mark.parametrize("reason", [Reason.DRAINING, Reason.OVERLOADED, Reason.BEHIND, Reason.UNAVAILABLE])
 async def test_a_refused_read_goes_elsewhere(start: Start, reason: Reason) -> None:
     cluster = await start()
