@@ -112,8 +112,8 @@ def test_status_in_plain_text_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> 
         assert main(["status", url]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "leader node1" in lines[0]
-    assert lines[2].split()[:5] == ["node1", "leader", "yes", "3.41", "3.41"]
-    assert lines[3].split()[:7] == ["node2", "follower", "no", "3.40", "-", "-", "0.250"]
+    assert lines[3].split()[:5] == ["node1", "leader", "yes", "3.41", "3.41"]
+    assert lines[4].split()[:7] == ["node2", "follower", "no", "3.40", "-", "-", "0.250"]
 
 
 def test_status_as_json_is_the_reply(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,8 +64,8 @@ def describe(status: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[s
         return "node", ("key", "value"), [(key, _cell(value)) for key, value in status.items()]
     headline = (
         f"cluster {_cell(status.get('cluster'))}  term {_cell(status.get('term'))}  "
-        f"leader {_cell(status.get('leader'))}  ack {_cell(status.get('ack'))}  "
-        f"failover {_cell(status.get('failover'))}"
+        f"leader {_cell(status.get('leader'))}  ack {_cell(status.get('ack'))}\n"
+        f"failover: {_cell(status.get('failover'))}"
     )
     return headline, _COLUMNS, [_row(node) for node in status["nodes"] if isinstance(node, dict)]
 
