@@ -292,3 +292,16 @@ async def test_cursor_on_a_follower_reads_only(bench: Bench) -> None:
     async with following(bench, bench.host.watermarks.captured) as follower:
         reply = await follower.service.cursor(Call([], read_only=True), steps_of("SELECT count(*) FROM t", "SELECT 2"))
         assert b"".join([chunk async for chunk in reply.lines]).count(b"step_end") == 2
+
+
+async def test_floor_is_asked_again_when_the_batch_begins(bench: Bench) -> None:
+    """R17: lo must cover the floor of each member at BEGIN, whatever was true when it was admitted."""
+    at = bench.host.watermarks.captured
+    async with following(bench, at) as follower:
+        read = asyncio.ensure_future(follower.call(execute("SELECT 1"), CLOSE, floor=at))
+        await asyncio.sleep(0)  # admitted; its batch begins at the next turn of the loop
+        follower.host.watermarks.add_term(at.term + 1, at.txid - 1)
+        follower.host.watermarks.publishing = Position(at.term + 1, at.txid)
+        follower.host.watermarks.applied = Position(at.term + 1, at.txid)
+        with pytest.raises(Behind):
+            await read

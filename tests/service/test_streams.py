@@ -304,19 +304,25 @@ async def test_idle_transaction_expires_and_says_so(tmp_path: Path) -> None:
 
 
 async def test_pragma_and_temp_stay_on_their_stream(bench: Bench) -> None:
-    """R21, hrana.md 6 pitfall 11: nobody else sees them, not even a later stream on a reused connection."""
+    """R21: the stream owns its connection from then on."""
     reply, _ = await bench.on(0, execute("PRAGMA foreign_keys = ON"), execute("CREATE TEMP TABLE mine (a)"))
     assert reply.stream
     _, answers = await bench.on(reply.stream, execute("PRAGMA foreign_keys"), execute("INSERT INTO mine VALUES (1)"))
     assert (rows_of(answers[0]), answers[1]["type"]) == ([[1]], "ok")
     await bench.on(reply.stream, CLOSE)
     assert bench.service.status().connections == 0
-    other, answers = await bench.on(
-        0, execute("BEGIN"), execute("PRAGMA foreign_keys"), execute("SELECT * FROM temp.mine")
-    )
-    assert (rows_of(answers[1]), answers[2]["type"]) == ([[0]], "error")
-    await bench.on(other.stream, CLOSE)
     assert await bench.rows("PRAGMA foreign_keys") == [[0]]
+
+
+async def test_reused_connections_carry_nothing_over(tmp_path: Path) -> None:
+    """hrana.md 6, pitfall 11: neither settings, nor TEMP objects, nor an open transaction."""
+    async with leading(tmp_path / "n", Limits(stream_threads=1)) as bench:
+        await bench.on(0, execute("PRAGMA foreign_keys = ON"), execute("CREATE TEMP TABLE mine (a)"), CLOSE)
+        await bench.on(0, execute("BEGIN"), execute("SELECT 1"), CLOSE)  # its tidying is behind the other's
+        look = [execute("BEGIN"), execute("PRAGMA foreign_keys"), execute("SELECT * FROM temp.mine")]
+        for _ in range(3):
+            _, answers = await bench.on(0, *look)
+            assert (rows_of(answers[1]), code_of(answers[2])) == ([[0]], "SQLITE_UNKNOWN")
 
 
 async def test_migration_batch_with_foreign_keys_off_is_one_connection(bench: Bench) -> None:
