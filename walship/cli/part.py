@@ -22,12 +22,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_node(config: NodeConfig) -> int:
+    """One node until SIGTERM. A database it is to adopt is checked first, unless `walship up` has done so."""
     _begin(config.log_level)
-    if PARENT not in os.environ and config.database is not None:
+    from walship.engine.durable_state import StateFile
+    from walship.node.node import run
+
+    if PARENT not in os.environ and config.database and config.init and not StateFile.exists(config.data_dir):
         from walship.cli import adopt
 
         asyncio.run(adopt.check_and_switch(config.database, data_dir=config.data_dir, copies=0))
-    from walship.node.node import run
 
     return _finish(run(config))
 
