@@ -1,0 +1,103 @@
+"""A foreign process on a database: the standard library's sqlite3, commanded by lines on standard input.
+
+    open PATH           attach (autocommit, busy timeout 0)       -> ok
+    run SQL             execute, fetch                            -> repr of the rows, or the error's text
+    close               detach                                    -> ok
+    watch PATH          read with invariants in threads until `report`  -> ok
+    report              stop watching                             -> JSON {"reads": n, "violations": [...]}
+
+The invariants (tests/engine/test_apply.py writes so that each commit keeps them): the sum over `account` is constant,
+`counter` never falls, two reads inside one transaction agree, rows of `pair` come in twos.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+import threading
+import time
+
+CHECKS = (
+    "SELECT sum(balance) FROM account",
+    "SELECT n FROM counter",
+    "SELECT count(*) % 2, coalesce(max(size), 0), count(DISTINCT size) FROM (SELECT count(*) AS size FROM pair GROUP BY k)",
+)
+
+
+class Watch:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.stop = threading.Event()
+        self.reads = 0
+        self.violations: list[str] = []
+        self.threads = [
+            threading.Thread(target=self.loop, args=(pause, mmap), daemon=True)
+            for pause, mmap in ((0.0, 0), (0.02, 1 << 28))
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def loop(self, pause: float, mmap: int) -> None:
+        connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, isolation_level=None, timeout=0)
+        connection.execute(f"PRAGMA mmap_size={mmap}").fetchall()
+        last = -1
+        try:
+            while not self.stop.is_set():
+                connection.execute("BEGIN")
+                first = [connection.execute(sql).fetchone() for sql in CHECKS]
+                if pause:
+                    time.sleep(pause)
+                second = [connection.execute(sql).fetchone() for sql in CHECKS]
+                connection.execute("COMMIT")
+                self.reads += 1
+                total, counter = first[0][0], first[1][0]
+                if first != second:
+                    self.violations.append(f"not repeatable: {first} then {second}")
+                if total != 1000:
+                    self.violations.append(f"torn: sum {total}")
+                if counter < last:
+                    self.violations.append(f"went back: {last} then {counter}")
+                if first[2][1] not in (0, 2):
+                    self.violations.append(f"torn: pairs {first[2]}")
+                last = counter
+        except sqlite3.Error as error:
+            self.violations.append(f"{type(error).__name__}: {error}")
+        finally:
+            connection.close()
+
+    def report(self) -> str:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+        return json.dumps({"reads": self.reads, "violations": self.violations[:10]})
+
+
+def main() -> None:
+    connection: sqlite3.Connection | None = None
+    watch: Watch | None = None
+    for line in sys.stdin:
+        command, *words = line.rstrip("\n").split("\t")
+        answer = "ok"
+        try:
+            if command == "open":
+                connection = sqlite3.connect(words[0], isolation_level=None, timeout=0)
+                connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+            elif command == "run":
+                assert connection is not None
+                answer = repr(connection.execute(words[0]).fetchall())
+            elif command == "close":
+                assert connection is not None
+                connection.close()
+            elif command == "watch":
+                watch = Watch(words[0])
+            elif command == "report":
+                assert watch is not None
+                answer = watch.report()
+        except sqlite3.Error as error:
+            answer = f"{type(error).__name__}: {error}"
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()
