@@ -95,6 +95,7 @@ class Pages(Protocol):
 
 # A client may think between rows, but its read transaction keeps the -wal from restarting.
 STALL_SECONDS: Final = 60.0
+DISCARD_SECONDS: Final = 5.0
 # Web clients call from anywhere (hrana.md 1.1); `*` in allow-headers does not cover Authorization, so it is named.
 _CORS: Final[Headers] = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
 _PREFLIGHT: Final[Headers] = [
@@ -155,7 +156,9 @@ class NodeApp:
                 await self._pipeline(body, endpoint.version, level, floor, send)
             else:
                 await self._cursor(body, level, floor, receive, send)
-        except _TooLarge:
+        except _TooLarge as error:
+            if error.more_body:
+                await _discard_body(receive, 4 * self._max_body_bytes)
             await self._fail(http.body_too_large(self._max_body_bytes), send, close=True)
         except WalshipError as error:
             await self._fail(http.failure(error), send)
@@ -246,21 +249,25 @@ class NodeApp:
 
 
 class _TooLarge(Exception):
-    """The body passes the limit."""
+    """The body passes the limit. `more_body`: some of it has not been received yet."""
+
+    def __init__(self, *, more_body: bool) -> None:
+        super().__init__(more_body)
+        self.more_body = more_body
 
 
 async def _body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes | None:
     """The whole body; None when the client went away. Raises _TooLarge as soon as that is known."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value[:20]) > limit_bytes:
-            raise _TooLarge
+            raise _TooLarge(more_body=True)
     message = await receive()
     if message["type"] == "http.disconnect":
         return None
     if not message.get("more_body", False):
         whole: bytes = message.get("body", b"")
         if len(whole) > limit_bytes:
-            raise _TooLarge
+            raise _TooLarge(more_body=False)
         return whole
     parts = bytearray(message.get("body", b""))
     while message.get("more_body", False):
@@ -269,8 +276,22 @@ async def _body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes | Non
             return None
         parts += message.get("body", b"")
         if len(parts) > limit_bytes:
-            raise _TooLarge
+            raise _TooLarge(more_body=message.get("more_body", False))
     return bytes(parts)
+
+
+async def _discard_body(receive: Receive, limit_bytes: int) -> None:
+    """Read on for a while: closing on a client that still sends would reset it before it has read the answer."""
+    left = limit_bytes
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))
+    except TimeoutError:
+        return
 
 
 def _freshness(headers: Headers) -> tuple[Level, Position | None]:

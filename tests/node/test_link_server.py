@@ -1,0 +1,280 @@
+"""The node's end of the link over real sockets: each request is answered once, with its own answer, within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from real_host import TERM, RealHost
+from waiting import eventually
+
+from walship.formats import link
+from walship.formats.position import Position
+from walship.node.app import NodeApp
+from walship.node.http_server import bind, serving
+from walship.node.link_server import LinkServer
+
+UPGRADE = b"GET /walship/link HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: walship-link\r\n\r\n"
+
+
+@dataclass
+class Proxy:
+    """The other end: sends requests, sorts what comes back by id."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    grants: bool = True
+    statuses: list[link.Status] = field(default_factory=list)
+    received: dict[int, list[link.Message]] = field(default_factory=dict)
+    chunk_bytes: int = 0
+    last_id: int = 0
+
+    async def listen(self) -> None:
+        messages = link.LinkReader()
+        while data := await self.reader.read(1 << 16):
+            for message in messages.receive_data(data):
+                if isinstance(message, link.Status):
+                    self.statuses.append(message)
+                    continue
+                self.received.setdefault(message.id, []).append(message)
+                if isinstance(message, link.Chunk):
+                    self.chunk_bytes += len(message.data)
+                    if self.grants:
+                        self.writer.write(link.Grant(message.id, len(message.data)).to_bytes())
+
+    def send(self, verb: link.Verb, body: object, **fields: Any) -> int:
+        self.last_id += 1
+        self.writer.write(link.Request(self.last_id, verb, json.dumps(body).encode(), **fields).to_bytes())
+        return self.last_id
+
+    async def ends(self, id: int) -> list[link.Message]:
+        """All messages for `id`, once the last one is there."""
+
+        def ended() -> bool:
+            messages = self.received.get(id, [])
+            return bool(messages) and not isinstance(messages[-1], link.Chunk)
+
+        await eventually(ended)
+        return self.received[id]
+
+    async def ask(self, *sql: str, **fields: Any) -> link.Reply | link.Refusal:
+        requests = [{"type": "execute", "stmt": {"sql": text}} for text in sql]
+        (message,) = await self.ends(self.send(link.Verb.PIPELINE, {"requests": requests}, **fields))
+        assert isinstance(message, link.Reply | link.Refusal)
+        return message
+
+
+@dataclass
+class Linked:
+    server: LinkServer
+    proxy: Proxy
+
+
+@asynccontextmanager
+async def linked(host: RealHost, **options: Any) -> AsyncIterator[Linked]:
+    server = LinkServer(host.service, host.link_status, host.watermarks.on_change, **options)
+    app = NodeApp(host.service, host, name=host.name)
+    upgrades = {"/walship/link": server.serve}
+    async with serving(app, bind("127.0.0.1", 0), upgrades=upgrades, drain_seconds=2) as address:
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(UPGRADE)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+        proxy = Proxy(reader, writer)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(proxy.listen())
+            try:
+                yield Linked(server, proxy)
+            finally:
+                await server.drain(1)
+        writer.close()
+
+
+@pytest.fixture
+async def proxy(leader: RealHost) -> AsyncIterator[Proxy]:
+    async with linked(leader) as both:
+        yield both.proxy
+
+
+def values(reply: link.Reply | link.Refusal, index: int = 0) -> list[list[Any]]:
+    assert isinstance(reply, link.Reply), reply
+    result = json.loads(reply.body)["results"][index]
+    assert result["type"] == "ok", result
+    return [[value.get("value") for value in row] for row in result["response"]["result"]["rows"]]
+
+
+async def test_requests_are_answered_with_results_and_position(proxy: Proxy) -> None:
+    written = await proxy.ask("create table t(a)", "insert into t values (5)")
+    assert isinstance(written, link.Reply)
+    assert written.body.startswith(link.NO_BATON)
+    assert (written.stream, written.flags) == (0, link.ReplyFlags.AUTOCOMMIT)
+    assert written.position.term == TERM
+    assert values(await proxy.ask("select a from t", floor=written.position)) == [["5"]]
+
+
+async def test_the_first_message_is_a_status_and_they_keep_coming(proxy: Proxy) -> None:
+    await eventually(lambda: len(proxy.statuses) >= 3)
+    status = proxy.statuses[0]
+    assert (status.name, status.role, status.term, status.history) == ("n1", link.Role.LEADER, TERM, ((TERM, 0),))
+    assert not status.flags & link.StatusFlags.DRAINING
+
+
+async def test_a_write_changes_the_status_without_waiting_for_the_beat(proxy: Proxy) -> None:
+    await eventually(lambda: len(proxy.statuses) >= 1)
+    reply = await proxy.ask("create table t(a)")
+    assert isinstance(reply, link.Reply)
+    await eventually(lambda: proxy.statuses[-1].applied == reply.position)
+
+
+async def test_a_transaction_stays_on_its_stream_until_it_ends(proxy: Proxy) -> None:
+    begun = await proxy.ask("create table t(a)", "begin immediate", "insert into t values (1)")
+    assert isinstance(begun, link.Reply)
+    assert begun.stream != 0
+    assert not begun.flags & link.ReplyFlags.AUTOCOMMIT
+    assert values(await proxy.ask("select count(*) from t")) == [["0"]]
+    ended = await proxy.ask("commit", stream=begun.stream)
+    assert isinstance(ended, link.Reply)
+    assert (ended.stream, ended.flags) == (0, link.ReplyFlags.AUTOCOMMIT)
+    assert values(await proxy.ask("select count(*) from t")) == [["1"]]
+
+
+async def test_a_closed_stream_is_rolled_back(proxy: Proxy) -> None:
+    await proxy.ask("create table t(a)")
+    begun = await proxy.ask("begin immediate", "insert into t values (1)")
+    assert isinstance(begun, link.Reply)
+    (closed,) = await proxy.ends(proxy.send(link.Verb.CLOSE_STREAM, None, stream=begun.stream))
+    assert isinstance(closed, link.Reply)
+    assert closed.stream == 0
+    assert values(await proxy.ask("select count(*) from t")) == [["0"]]
+
+
+@pytest.mark.parametrize(
+    ("sql", "fields", "reason"),
+    [
+        ("create table x(a)", {"flags": link.RequestFlags.READ_ONLY}, link.Reason.NOT_READ_ONLY),
+        ("select 1", {"floor": Position(TERM, 10**9), "wait_ms": 1}, link.Reason.BEHIND),
+        ("select 1", {"min_term": TERM + 1}, link.Reason.FENCED),
+        ("select 1", {"stream": 12345}, link.Reason.PROTOCOL),
+    ],
+)
+async def test_a_refusal_says_why(proxy: Proxy, sql: str, fields: dict[str, Any], reason: link.Reason) -> None:
+    refused = await proxy.ask(sql, **fields)
+    assert isinstance(refused, link.Refusal)
+    assert refused.reason is reason
+
+
+async def test_a_follower_refuses_a_write_by_naming_the_leader(follower: RealHost) -> None:
+    async with linked(follower) as both:
+        refused = await both.proxy.ask("create table t(a)")
+    assert isinstance(refused, link.Refusal)
+    assert refused.reason is link.Reason.NOT_LEADER
+    assert refused.leader == link.Leader("n1", "http://n1:1", TERM)
+
+
+async def test_a_malformed_body_refuses_the_request_and_not_the_link(proxy: Proxy) -> None:
+    (refused,) = await proxy.ends(proxy.send(link.Verb.PIPELINE, {"requests": [{"type": "walk"}]}))
+    assert isinstance(refused, link.Refusal)
+    assert refused.reason is link.Reason.PROTOCOL
+    assert values(await proxy.ask("select 1")) == [["1"]]
+
+
+async def test_sixty_four_clients_on_one_link_get_their_own_rows(proxy: Proxy) -> None:
+    async def ask(number: int) -> None:
+        assert values(await proxy.ask(f"select {number}, 'mine'")) == [[str(number), "mine"]]
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(64):
+            group.create_task(ask(number))
+
+
+def series(length: int) -> str:
+    return f"with recursive s(value) as (select 1 union all select value + 1 from s limit {length}) "
+
+
+async def test_a_cursor_comes_in_chunks_and_ends(proxy: Proxy) -> None:
+    batch = {"batch": {"steps": [{"stmt": {"sql": series(30_000) + "select value from s"}}]}}
+    messages = await proxy.ends(proxy.send(link.Verb.CURSOR, batch))
+    end = messages.pop()
+    assert isinstance(end, link.CursorEnd)
+    assert (end.stream, end.flags, end.status) == (0, link.ReplyFlags.AUTOCOMMIT, 200)
+    data = b"".join(message.data for message in messages if isinstance(message, link.Chunk))
+    assert data.startswith(link.NO_BATON)
+    lines = [json.loads(line) for line in data.splitlines()]
+    assert [line["row"][0]["value"] for line in lines if line.get("type") == "row"] == [*map(str, range(1, 30_001))]
+    assert all(message.data.endswith(b"\n") for message in messages if isinstance(message, link.Chunk))
+
+
+async def test_a_slow_cursor_waits_for_its_window_and_holds_up_nobody(leader: RealHost, proxy: Proxy) -> None:
+    """A cursor may be CURSOR_WINDOW and one chunk ahead of its grants; the link goes on with others."""
+    proxy.grants = False
+    batch = {"batch": {"steps": [{"stmt": {"sql": series(200_000) + "select value, hex(zeroblob(50)) from s"}}]}}
+    id = proxy.send(link.Verb.CURSOR, batch)
+    await eventually(lambda: proxy.chunk_bytes >= link.CURSOR_WINDOW)
+    assert values(await proxy.ask("select 1")) == [["1"]]
+    stopped_at = proxy.chunk_bytes
+    assert stopped_at < 2 * link.CURSOR_WINDOW
+    assert values(await proxy.ask("select 2")) == [["2"]]
+    assert proxy.chunk_bytes == stopped_at
+    proxy.grants = True
+    proxy.writer.write(link.Grant(id, stopped_at).to_bytes())
+    assert isinstance((await proxy.ends(id))[-1], link.CursorEnd)
+
+
+async def test_a_cursor_of_a_vanished_proxy_lets_its_snapshot_go(leader: RealHost) -> None:
+    async with linked(leader) as both:
+        both.proxy.grants = False
+        batch = {"batch": {"steps": [{"stmt": {"sql": series(200_000) + "select value, hex(zeroblob(50)) from s"}}]}}
+        both.proxy.send(link.Verb.CURSOR, batch)
+        await eventually(lambda: both.proxy.chunk_bytes >= link.CURSOR_WINDOW)
+        both.proxy.writer.transport.abort()
+        await eventually(lambda: leader.service.status().cursors == 0 and both.server.links == 0)
+
+
+async def test_requests_beyond_the_bound_are_refused_as_overloaded(leader: RealHost) -> None:
+    async with linked(leader, max_in_flight=4) as both:
+        proxy = both.proxy
+        slow = series(300_000) + "select max(value) from s"
+        body = {"requests": [{"type": "execute", "stmt": {"sql": slow}}]}
+        ids = [proxy.send(link.Verb.PIPELINE, body) for _ in range(12)]
+        ended = [(await proxy.ends(id))[-1] for id in ids]
+    refused = [message for message in ended if isinstance(message, link.Refusal)]
+    assert refused
+    assert {message.reason for message in refused} == {link.Reason.OVERLOADED}
+    assert sum(isinstance(message, link.Reply) for message in ended) >= 4
+
+
+async def test_draining_finishes_what_runs_refuses_the_rest_and_ends_the_link(leader: RealHost) -> None:
+    async with linked(leader) as both:
+        proxy, server = both.proxy, both.server
+        slow = series(300_000) + "select max(value) from s"
+        running = proxy.send(link.Verb.PIPELINE, {"requests": [{"type": "execute", "stmt": {"sql": slow}}]})
+        await eventually(lambda: server.in_flight == 1 or running in proxy.received)
+        await server.drain(10)
+        (answer,) = await proxy.ends(running)
+        assert isinstance(answer, link.Reply)
+        await eventually(lambda: server.links == 0)
+        assert any(status.flags & link.StatusFlags.DRAINING for status in proxy.statuses)
+
+
+async def test_a_link_that_speaks_nonsense_is_closed(leader: RealHost) -> None:
+    async with linked(leader) as both:
+        both.proxy.writer.write(b"\xff" * 64)
+        await eventually(lambda: both.server.links == 0)
+
+
+async def test_a_write_of_a_vanished_proxy_is_still_done(leader: RealHost) -> None:
+    """Nothing that writes is cancelled."""
+    async with linked(leader) as both:
+        await both.proxy.ask("create table t(a)")
+        body = {"requests": [{"type": "execute", "stmt": {"sql": "insert into t values (1)"}}]}
+        both.proxy.send(link.Verb.PIPELINE, body)
+        await both.proxy.writer.drain()
+        both.proxy.writer.close()
+        await eventually(lambda: both.server.links == 0)
+    reader = leader.database.connect_reader()
+    assert reader.execute("select count(*) from t").fetchall() == [(1,)]
+    reader.close()
