@@ -185,6 +185,7 @@ class Writer:
         self._room = asyncio.Event()
         self._counters = _Counters()
         self._draining = False
+        self._alone: Turn | Callable[[], None] | None = None  # taken from the queue, not yet at its end
         self.failed: BaseException | None = None
         self._stopped: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._main, name="walship-writer", daemon=True)
@@ -391,6 +392,11 @@ class Writer:
         )
         for job in lost:
             _fail(job.future, unknown)
+        if isinstance(self._alone, Turn):
+            if self._alone.granted.done():
+                _fail(self._alone.finished, unknown)
+            else:
+                _fail(self._alone.granted, Draining(f"the node stopped ({error}). The transaction was not begun."))
         if error is not None:
             self.failed = error
             self._on_failure(error)
@@ -443,10 +449,12 @@ class Writer:
                 _run(item, connection)
                 running.append(item)
             else:
+                self._alone = item
                 self._finish(running, taken - 1)
                 running.clear()
                 taken = 0
                 self._run_alone(item)
+                self._alone = None
             if len(running) >= self._limits.group_jobs:
                 break
             try:
