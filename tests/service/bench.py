@@ -122,10 +122,12 @@ async def leading(
     writer_limits: WriterLimits = WriterLimits(),
     clock: Any = time.monotonic,
     acknowledging: bool = True,
+    failing: bool = False,
 ) -> AsyncIterator[Bench]:
     """A one-node cluster with ack 0, its database in `directory`.
 
     acknowledging: what is durable counts as acknowledged at once; False leaves `acked` to the test.
+    failing: the writer will fail, and the files are left as after a crash.
     """
     directory.mkdir(exist_ok=True)  # noqa: ASYNC240
     state = StateFile.create(directory, DurableState("0" * 32, "node1", CLUSTER.hex(), str(directory / "db.sqlite")))
@@ -160,9 +162,9 @@ async def leading(
     finally:
         await writer.stop()
         end()
-        leader.close()
+        (leader.abandon if failing else leader.close)()
         replica.close()
-        assert not failures
+        assert bool(failures) is failing
 
 
 @asynccontextmanager
