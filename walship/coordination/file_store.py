@@ -37,8 +37,8 @@ __all__ = ["FileStore", "HeldLock", "holder_alive"]
 
 T = TypeVar("T")
 
-DEADLINE_SECONDS = 2.0  # of one call; a change takes well under a millisecond of disk time when nothing is wrong
-BUSY_MS = 1500  # below the deadline, so that SQLite's own answer arrives first
+DEADLINE_SECONDS = 5.0  # of one call; a change takes about a millisecond, a stalled disk now and then a second
+BUSY_MS = 4000  # below the deadline, so that SQLite's own answer arrives first
 POLL_SECONDS = 1.0  # the belt under inotify
 LOCK_TRIES = 20  # a probe (holder_alive) holds the lock for microseconds; try again before calling it held
 LOCK_PAUSE_SECONDS = 0.005
