@@ -257,6 +257,8 @@ class Backends:
         def on_status(status: Status) -> None:
             backend.take_status(status)
             self._floors.learn(status)
+            if not self._floors.ready:
+                self._start_without_leader()
             self._notify()
 
         def on_end(reason: str) -> None:
@@ -285,6 +287,15 @@ class Backends:
             connection.abort("the proxy closed the link")
         self._failed(backend, await ended)
         return connection.upgraded
+
+    def _start_without_leader(self) -> None:
+        """Reads go on without a leader, also behind a proxy that just started, once enough voters were heard."""
+        cluster = self.cluster_record
+        if cluster is None:
+            return
+        heard = [node.status.durable for node in self._nodes.values() if node.status and node.name in cluster.voters]
+        if len(heard) >= len(cluster.voters) - cluster.acks:
+            self._floors.start_without_leader(heard)
 
     def _failed(self, backend: Backend, reason: str) -> None:
         if backend.last_failure != reason:

@@ -7,6 +7,7 @@ floor for the whole proxy keeps it for every client, also for those that open a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from walship.errors import CorruptRecord, ProtocolViolation, WriteLost
@@ -104,6 +105,13 @@ class Floors:
         if not self.ready:
             self.raise_to(status.acked if status.acked.term else status.durable)
             self.ready = True
+
+    def start_without_leader(self, durable: Iterable[Position]) -> None:
+        """Become ready from what |V| - n voters hold durably: each acknowledged write is on n + 1 of |V|, so the newest
+        position among them is at or past all of them (R18). For the caller to make sure they are so many."""
+        for position in durable:
+            self.raise_to(position)
+        self.ready = True
 
     def raise_to(self, position: Position) -> None:
         """Raise the floor to a position a node answered with; one that history already contains changes nothing."""

@@ -112,7 +112,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def begin(
-            followers: int = 2, limits: StreamLimits | None = None, *, leader: bool = True, **config: Any
+            followers: int = 2, limits: StreamLimits | None = None, *, leader: bool = True, acks: int = 0, **config: Any
         ) -> Cluster:
             store = open_store(f"file://{tmp_path / 'store'}")
             stack.push_async_callback(store.close)
@@ -120,7 +120,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             nodes = [SmallNode("leader", history, Role.LEADER)]
             nodes += [SmallNode(f"follower{n}", history, Role.FOLLOWER) for n in range(1, followers + 1)]
             names = tuple(node.name for node in nodes)
-            await create_cluster(store, ClusterRecord(cluster_id="0" * 32, created_ms=0, voters=names, acks=0))
+            await create_cluster(store, ClusterRecord(cluster_id="0" * 32, created_ms=0, voters=names, acks=acks))
             for node in nodes if leader else nodes[1:]:
                 await stack.enter_async_context(node.serving(store))
             settings = ProxyConfig(cluster_url="", drain_seconds=2.0, **config)

@@ -33,6 +33,13 @@ def test_a_starting_proxy_is_ready_when_it_has_heard_a_leader() -> None:
     assert floors.needed(Settings()) == Position(1, 100)
 
 
+def test_without_a_leader_the_newest_durable_position_of_enough_voters_is_the_floor() -> None:
+    floors = Floors()
+    floors.start_without_leader([Position(1, 90), Position(1, 95)])
+    assert floors.ready
+    assert floors.needed(Settings()) == Position(1, 95)
+
+
 @given(st.lists(st.integers(0, 1000)))
 def test_within_a_term_the_floor_is_the_highest_position_shown(txids: list[int]) -> None:
     floors = floors_at(1, 10)

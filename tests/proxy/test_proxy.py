@@ -355,6 +355,12 @@ async def test_a_starting_proxy_serves_no_session_read_before_it_knows_its_floor
     assert rows_of(response.json()["results"][0]) == [[1]]
 
 
+async def test_a_starting_proxy_without_a_leader_serves_what_enough_voters_hold(start: Start) -> None:
+    """R18: with ack 1 and three voters, two of them know of every acknowledged write."""
+    cluster = await start(leader=False, acks=1)
+    assert await cluster.client.run("SELECT 1") == [[1]]
+
+
 async def test_the_plain_endpoints(start: Start) -> None:
     cluster = await start()
     http = cluster.client.http

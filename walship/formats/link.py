@@ -151,6 +151,13 @@ class Reason(IntEnum):
     FAILED = 15
 
 
+# Looking a member up costs a tenth of making one, and these are made for each request.
+_VERBS = {verb.value: verb for verb in Verb}
+_LEVELS = tuple(ReadLevel)
+_REQUEST_FLAGS = tuple(RequestFlags(bits) for bits in range(4))
+_REPLY_FLAGS = tuple(ReplyFlags(bits) for bits in range(2))
+
+
 class Request(msgspec.Struct, frozen=True, gc=False):
     """One client request on its way to a node.
 
@@ -191,11 +198,11 @@ class Request(msgspec.Struct, frozen=True, gc=False):
         verb, version, flags, level, stream, term, txid, min_term, wait_ms, ack = _unpack(_REQUEST, body, "request")
         return cls(
             id,
-            _member(Verb, verb),
+            _VERBS.get(verb) or _member(Verb, verb),
             body[_REQUEST.size :],
             version,
-            RequestFlags(flags),
-            _member(ReadLevel, level),
+            _REQUEST_FLAGS[flags] if flags < 4 else RequestFlags(flags),
+            _LEVELS[level] if level < 3 else _member(ReadLevel, level),
             stream,
             Position(term, txid),
             min_term,
@@ -225,7 +232,8 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     @classmethod
     def parse(cls, id: int, body: bytes) -> Reply:
         status, flags, stream, term, txid = _unpack(_REPLY, body, "reply")
-        return cls(id, body[_REPLY.size :], Position(term, txid), stream, ReplyFlags(flags), status)
+        reply_flags = _REPLY_FLAGS[flags] if flags < 2 else ReplyFlags(flags)
+        return cls(id, body[_REPLY.size :], Position(term, txid), stream, reply_flags, status)
 
     def __str__(self) -> str:
         return f"reply {self.id} {self.status} stream={self.stream} position={self.position} {len(self.body)} bytes"
