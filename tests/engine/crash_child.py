@@ -15,9 +15,8 @@ import json
 import os
 import random
 import sys
+import traceback
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 from nodes import FollowerNode, LeaderNode
 
@@ -104,13 +103,16 @@ def main() -> None:
                 failpoints.reach = failpoints.armed(order["failpoint"])
                 asyncio.run(live(Path(order["directory"]), order["writes"]))
                 os._exit(0)
-            except BaseException:
-                import traceback
-
+            except BaseException:  # noqa: BLE001 - a forked child must not return into the nursery's loop
                 traceback.print_exc()
                 os._exit(1)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        say(pid)
+        say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def say(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from walship.engine.acks import AckTracker
 from walship.engine.database import Database
 from walship.engine.durable_state import DurableState, StateFile
 from walship.engine.follower import Follower
-from walship.engine.leader import Leader
 from walship.engine.log import FrameRef, LogLimits
 from walship.engine.marks import Marks
 from walship.engine.replica import Replica
@@ -345,3 +344,20 @@ def ask(process: subprocess.Popen[str], *words: str) -> str:
     process.stdin.write("\t".join(words) + "\n")
     process.stdin.flush()
     return process.stdout.readline().rstrip("\n")
+
+
+def crash_image(source: Path, target: Path) -> Path:
+    """`source` as a crash right now would leave it, at another place. Copied by another process: this one must not
+    open the files (R25)."""
+    subprocess.run(["cp", "-a", str(source), str(target)], check=True)
+    (target / "data.db-shm").unlink(missing_ok=True)
+    StateFile.open(target).update(database_path=str(target / "data.db"))
+    return target
+
+
+def changed_by_others(database: Path, *statements: str) -> None:
+    """Statements of a foreign program on a closed database, which closes it (and so deletes the -wal)."""
+    connection = apsw.Connection(str(database))
+    for statement in statements:
+        connection.execute(statement).fetchall()
+    connection.close()

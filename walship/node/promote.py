@@ -65,9 +65,12 @@ def promote(
     log.append(header, encode_frame(header))
     log.sync()
     failpoints.reach("leader.term_started")
+    if replica.differing:
+        # Before `truth=wal`: until then a restart finds the same difference again, after it the -wal counts from here.
+        _log_difference(replica, cluster=cluster, term=term, now_ms=now_ms())
     index = database.index.header()
     at = WalPoint(index.salts, index.mx_frame, index.frame_checksum) if index.mx_frame else None
-    txid = tip.position.txid
+    txid = log.tip.position.txid
     state.update(
         truth=Truth.WAL,
         led=term,
@@ -93,8 +96,6 @@ def promote(
         now_ms=now_ms,
         on_frame=on_frame,
     )
-    if replica.differing:
-        _log_difference(replica, watermarks, cluster=cluster, term=term, now_ms=now_ms())
     _log.info("leading term=%d tip=%s", term, log.tip)
     return leader
 
@@ -109,7 +110,7 @@ class _Difference:
     commits: int = 1
     offset_bytes: int = 32  # Litestream needs an offset inside a -wal (ltx.md, G3)
     size_bytes: int = 0
-    data: bytes | None = b""
+    data: bytes | None = None  # streamed: it may be every page there is (R6)
 
     @property
     def commit(self) -> int:
@@ -123,7 +124,7 @@ class _Difference:
         return ((pgno, page) for pgno, page in self.snapshot.pages() if pgno in self.pgnos)
 
 
-def _log_difference(replica: Replica, watermarks: Watermarks, *, cluster: bytes, term: int, now_ms: int) -> None:
+def _log_difference(replica: Replica, *, cluster: bytes, term: int, now_ms: int) -> None:
     snapshot = Snapshot.pin(replica.database)
     try:
         log_captured(
@@ -140,5 +141,3 @@ def _log_difference(replica: Replica, watermarks: Watermarks, *, cluster: bytes,
         snapshot.close()
     replica.log.sync()
     replica.differing.clear()
-    watermarks.captured = replica.log.tip.position
-    watermarks.durable = replica.log.tip.position

@@ -110,7 +110,8 @@ def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
         else:
             replica = _open_truth_log(database, log, marks, mark, checksums)
         marks.attach(log)
-        state.update(truth=Truth.LOG)
+        if not replica.differing:  # else the log lacks what the file holds, until `promote` has logged it (R7)
+            state.update(truth=Truth.LOG)
     except BaseException:
         database.close()
         raise
@@ -147,7 +148,6 @@ def _open_truth_wal(
     """A leader's restart: the -wal knows more than the log. Count its commits from the durable base (R2, R7)."""
     mark = state.mark
     assert mark is not None
-    assert state.led is not None
     if checksums is not None:
         batch = merge_frames(log, list(log.frames_after(mark.position)))
         if batch is not None:
@@ -156,33 +156,55 @@ def _open_truth_wal(
         if checksums.rolling != log.tip.checksum:
             checksums = None
     start = _count_from(state, database, log.tip.position.txid)
-    if start is None or checksums is None:
+    counted = None if start is None else _recount(state, database, log, checksums, cluster, *start)
+    if counted is None:
         return _compare(database, log, marks, checksums)
-    at, txid = start
+    return Replica(database, log, counted, marks)
+
+
+def _recount(
+    state: DurableState,
+    database: Database,
+    log: Log,
+    checksums: PageChecksums | None,
+    cluster: bytes,
+    at: WalPoint | None,
+    txid: int,
+) -> PageChecksums | None:
+    """Append the commits of the -wal after `at`, which is at `txid`, that the log does not hold yet.
+
+    Without `checksums` of the log's tip the file is scanned (R8): that gives the state after the last commit alone, so
+    all missing commits become one frame. Returns the checksums at the log's new tip; None when the count contradicts
+    the log.
+    """
+    assert state.led is not None
+    present = checksums
+    if present is None:
+        _log.warning("page checksums of the mark are missing or damaged, scanning the database")
+        present = _scan(database)
     capture = Capture(database, at)
-    rebuilt = 0
-    while captured := capture.read(one_commit=True):
+    before = log.tip.position.txid
+    while captured := capture.read(one_commit=checksums is not None or txid < before):
         txid += captured.commits
         if txid > log.tip.position.txid:
             log_captured(
                 log,
                 captured,
-                checksums,
+                present,
                 cluster=cluster,
                 term=state.led,
                 now_ms=log.last_time_ms,
                 acked=Position(0, 0),
                 flags=FrameFlags.REBUILT,
             )
-            rebuilt += 1
         capture.advance(captured)
     log.sync()
     if txid != log.tip.position.txid:
-        _log.warning("the -wal ends at txid %d, the log at %s: comparing pages", txid, log.tip.position)
-        return _compare(database, log, marks, checksums)
-    if rebuilt:
-        _log.info("recounted commits=%d tip=%s", rebuilt, log.tip)
-    return Replica(database, log, checksums, marks)
+        _log.warning("the -wal ends at txid %d, the log at %s: comparing pages", txid, log.tip)
+        return None
+    if txid > before:
+        _log.info("recounted commits=%d tip=%s", txid - before, log.tip)
+    return present if present.rolling == log.tip.checksum else None
 
 
 def _count_from(state: DurableState, database: Database, tip_txid: int) -> tuple[WalPoint | None, int] | None:
