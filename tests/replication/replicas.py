@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,8 +132,8 @@ class Leader:
         self.all_acks: list[Position] = []
         self.forgotten: list[str] = []
         self.snapshots_opened = 0
-        self.snapshot_gate = asyncio.Event()
-        self.snapshot_gate.set()
+        self.hold_chunks_after: int | None = None
+        self.chunk_gate = threading.Event()
         self.connections: list[asyncio.StreamWriter] = []
         self.url = ""
 
@@ -141,10 +142,15 @@ class Leader:
     @contextlib.asynccontextmanager
     async def open_snapshot(self) -> AsyncIterator[OpenSnapshot]:
         self.snapshots_opened += 1
-        await self.snapshot_gate.wait()
         header, ltx = self.writer.snapshot()
         with self.log.pin(header.position):
-            yield OpenSnapshot(header, iter([ltx[at : at + 100_000] for at in range(0, len(ltx), 100_000)]))
+            yield OpenSnapshot(header, self._chunks(ltx))
+
+    def _chunks(self, ltx: bytes) -> Iterator[bytes]:
+        for number, at in enumerate(range(0, len(ltx), 200_000)):
+            if self.hold_chunks_after is not None and number >= self.hold_chunks_after:
+                self.chunk_gate.wait(10)
+            yield ltx[at : at + 200_000]
 
     def record_ack(self, node_id: str, durable: Position, applied: Position, *, voter: bool) -> None:
         self.acks[node_id] = (durable, applied, voter)
@@ -154,6 +160,11 @@ class Leader:
         self.forgotten.append(node_id)
 
     # what the engine would do
+
+    def commit_before_serving(self, size_bytes: int) -> None:
+        header, payload = self.writer.frame(size_bytes)
+        self.watermarks.captured = self.log.append(header, encode_frame(header, payload)).header.position
+        self.sync()
 
     def commit(self, size_bytes: int = 2000, *, offer: bool = True, durable: bool = True) -> FrameRef:
         header, payload = self.writer.frame(size_bytes)

@@ -9,17 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from replicas import Followers, Leader, Replica, eventually, node_id
+from replicas import CLUSTER, Followers, Leader, Replica, ReplicaSeed, eventually, node_id
 
 from walship.engine.log import LogLimits
-from walship.errors import Unavailable
+from walship.errors import StorageFailed, Unavailable
 from walship.formats.checksum import FLAG
+from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
 from walship.formats.record import Kind, encode_record
 from walship.replication.feed import whole_records
 from walship.replication.messages import AckFlags
 from walship.replication.publisher import FeedLimits
-from walship.replication.subscriber import Link, SubscriberLimits
+from walship.replication.subscriber import Identity, Link, Subscriber, SubscriberLimits
 from walship.replication.upgrade import connect
 
 
@@ -441,6 +442,74 @@ async def test_a_stopped_follower_says_goodbye(tmp_path: Path) -> None:
             await eventually(lambda: caught_up(leader, south))
         await eventually(lambda: leader.forgotten)
         assert leader.publisher.statistics().ended == {"closed": 1}
+
+
+class Grudging(Replica):
+    """Answers a cancellation with an error of its own."""
+
+    async def progress(self, after: tuple[Position, Position] | None) -> tuple[Position, Position]:
+        try:
+            return await super().progress(after)
+        except asyncio.CancelledError:
+            raise Unavailable("not now") from None
+
+
+async def test_a_cancelled_follower_stops_though_its_connection_fails_at_that_moment(tmp_path: Path) -> None:
+    """A task group that is cancelled while a child fails raises the child's error alone (raise_if_cancelled)."""
+    leader, south = Leader(tmp_path / "l"), Grudging(tmp_path / "f")
+    slow = SubscriberLimits(ack_seconds=60)
+    async with asyncio.timeout(5), leader.serving(), Followers(leader, slow).following(south):
+        await eventually(lambda: caught_up(leader, south))
+
+
+async def test_a_disk_that_fails_ends_the_follower(tmp_path: Path) -> None:
+    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
+
+    async def locate() -> tuple[str, int] | None:
+        return leader.url, leader.term
+
+    async def seed(header: SnapshotHeader) -> ReplicaSeed:
+        raise StorageFailed("no space left")
+
+    south.seed = seed  # type: ignore[method-assign]
+    identity = Identity(CLUSTER, node_id(south), south.name, "n1")
+    async with leader.serving(), asyncio.timeout(5):
+        with pytest.raises(StorageFailed, match="no space left"):
+            await Subscriber(south, locate, identity).run()
+
+
+async def test_a_cut_inside_a_snapshot_throws_it_away_and_begins_again(tmp_path: Path) -> None:
+    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
+    leader.commit_before_serving(5 << 20)
+    leader.hold_chunks_after = 10
+    async with leader.serving(), Followers(leader).following(south) as [subscriber]:
+        await eventually(lambda: subscriber.statistics().received_bytes > 1 << 20)
+        leader.cut_connections()
+        await eventually(lambda: south.aborted_seeds == 1)
+        leader.hold_chunks_after = None
+        leader.chunk_gate.set()
+        await eventually(lambda: caught_up(leader, south))
+        assert south.replay() == leader.writer.database.pages
+
+
+async def test_pauses_between_tries_grow_and_are_random(tmp_path: Path) -> None:
+    """Full jitter: a cluster that lost its leader must not come back in step."""
+    asked: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        asked.append((low, high))
+        return 0.0
+
+    async def locate() -> tuple[str, int] | None:
+        return None
+
+    south = Replica(tmp_path / "f")
+    subscriber = Subscriber(south, locate, Identity(CLUSTER, node_id(south), "south", "n1"), uniform=uniform)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(subscriber.run())
+        await eventually(lambda: len(asked) > 8)
+        running.cancel()
+    assert asked[:8] == [(0, pause) for pause in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0)]
 
 
 async def test_no_leader_and_an_unreachable_one_are_tried_again(tmp_path: Path) -> None:

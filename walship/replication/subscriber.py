@@ -130,7 +130,8 @@ class Subscriber:
     def _pause_seconds(self, tries: int) -> float:
         """Full jitter: a whole cluster that lost its leader must not come back in step."""
         limits = self._limits
-        return self._uniform(0, min(limits.backoff_most_seconds, limits.backoff_first_seconds * 2 ** min(tries, 16)))
+        doublings = min(max(tries - 1, 0), 16)
+        return self._uniform(0, min(limits.backoff_most_seconds, limits.backoff_first_seconds * 2**doublings))
 
     def _count(self, error: Exception) -> None:
         self._tally.failures += 1
