@@ -50,7 +50,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def up(data: Path, *arguments: str) -> Iterator[Cluster]:
+def up(data: Path, *arguments: str, settings: dict[str, str] | None = None) -> Iterator[Cluster]:
     command = [
         sys.executable,
         "-m",
@@ -102,7 +102,7 @@ def test_up_serves_stops_with_exit_code_0_and_resumes(tmp_path: Path) -> None:
         pids = [node["pid"] for node in cluster.status()["nodes"]]
         assert cluster.stop() == ""
         assert not any(alive(pid) for pid in pids)
-    with up(data) as cluster:
+    with up(data, settings={"WALSHIP_ACK": "1"}) as cluster:  # meant for `up`; a node would refuse it
         assert cluster.ready["term"] == 2
         assert cluster.sql("SELECT count(*) FROM t") == [["2"]]
 
@@ -154,6 +154,18 @@ def test_no_child_outlives_a_killed_parent(tmp_path: Path) -> None:
         assert all(alive(pid) for pid in pids)
         cluster.process.kill()
         eventually(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_the_leader_stops_last(tmp_path: Path) -> None:
+    """So that followers have everything: each has said goodbye before the leader begins to stop; the proxy first."""
+    with up(tmp_path / "data", "--followers", "2") as cluster:
+        cluster.stop()
+    logs = tmp_path / "data" / "logs"
+    leader = (logs / "node1.log").read_text()
+    assert 0 < leader.rindex("detach follower=") < leader.index("role=stopping")
+    assert leader.count("detach follower=") == 2
+    ends = {path.stem: path.stat().st_mtime_ns for path in logs.glob("*.log")}
+    assert min(ends, key=lambda name: ends[name]) == "proxy"
 
 
 def test_ctrl_c_stops_it_with_exit_code_0(tmp_path: Path) -> None:
