@@ -305,3 +305,11 @@ async def test_floor_is_asked_again_when_the_batch_begins(bench: Bench) -> None:
         follower.host.watermarks.applied = Position(at.term + 1, at.txid)
         with pytest.raises(Behind):
             await read
+
+
+async def test_linearizable_reads_are_refused_on_a_follower(bench: Bench) -> None:
+    """R18: never a silent downgrade."""
+    async with following(bench, bench.host.watermarks.captured) as follower:
+        with pytest.raises(Behind):
+            await follower.rows("SELECT 1", level=Level.LINEARIZABLE)
+    assert await bench.rows("SELECT 1", level=Level.LINEARIZABLE) == [[1]]

@@ -77,6 +77,9 @@ _FIRST_ROWS = 8
 _MOST_ROWS = 2_000
 _BATCH_BYTES = 256 * 1024
 
+_CACHED_COLUMNS = 512
+_CACHED_COLUMNS_BYTES = 2_048
+
 _PARSE_ERRORS = ("near ", "incomplete input", "unrecognized token")
 
 
@@ -158,9 +161,16 @@ class Executor:
         """`run`, asking for the right to write when it turns out to need it; it has done nothing until then."""
         try:
             return run()
-        except NotReadOnly:
+        except NotReadOnly as error:
+            self._refuse_if_permitted(error)
             yield Need.WRITE
             return run()
+
+    def _refuse_if_permitted(self, error: NotReadOnly) -> None:
+        """With the right to write, only the guard still says no: the statement changes a shared connection. Earlier
+        ones of the same request may be done, so that is an error of this statement, not of the whole."""
+        if self.may_write:
+            raise blocked(str(error)) from error
 
     def _batch(self, batch: Batch) -> Program:
         outcomes: list[Outcome] = []
@@ -204,12 +214,17 @@ class Executor:
             try:
                 try:
                     self._open(step.stmt)
-                except NotReadOnly:
+                except NotReadOnly as error:
+                    self._refuse_if_permitted(error)
                     yield Need.WRITE
                     self._open(step.stmt)
                 pending += hrana.step_begin(number, self._encoded_columns())
                 for rows in self._rows(step.stmt):
-                    pending += hrana.row_entries(rows)
+                    try:
+                        pending += hrana.row_entries(rows)
+                    except StatementFailed:
+                        self._abandon()
+                        raise
                     if len(pending) >= self._limits.chunk_bytes:
                         yield bytes(pending)
                         pending.clear()
@@ -410,11 +425,15 @@ class Executor:
     # --- small parts --------------------------------------------------------------------------------------------
 
     def _encoded_columns(self) -> bytes:
-        known = self._columns.get(self._description)
+        description = self._description
+        known = self._columns.get(description)
         if known is None:
-            if len(self._columns) >= 1_024:
-                self._columns.clear()
-            known = self._columns[self._description] = hrana.encode_columns(self._description)
+            known = hrana.encode_columns(description)
+            # A column may be named by a whole expression: what is long is not kept.
+            if len(known) <= _CACHED_COLUMNS_BYTES:
+                if len(self._columns) >= _CACHED_COLUMNS:
+                    self._columns.clear()
+                self._columns[description] = known
         return known
 
     def _changes(self, *_: object) -> int:

@@ -45,12 +45,14 @@ class _TooLarge(Exception):
 
 @dataclass(eq=False, slots=True)
 class _Member:
-    """One client's list of requests in a read batch. `run` gives its answer; it may run twice, inline and again."""
+    """One client's list of requests in a read batch. `run` gives its answer; it may run twice, inline and again.
+
+    movable: a worker may run it when it is not short.
+    """
 
     run: Callable[[Executor], list[bytes]]
-    counters: Counters
     floor: Position | None
-    texts: Sequence[str]
+    movable: bool
     done: asyncio.Future[tuple[list[bytes], Position]]
     loop: asyncio.AbstractEventLoop
     abandoned: bool = field(default=False)
@@ -101,7 +103,8 @@ class Reads:
             executor.start(counters, virtual=True)
             return [item if isinstance(item, bytes) else drive(executor.perform(item)) for item in items]
 
-        return await self._member(run, _texts(items), counters, floor, wait_seconds, level)
+        texts = _texts(items) if self._slow else ()
+        return await self._member(run, texts, floor, wait_seconds, level)
 
     async def lines(
         self, batch: Batch, counters: Counters, *, floor: Position | None, wait_seconds: float, level: Level
@@ -128,7 +131,7 @@ class Reads:
         if any(self._is_slow(text) for text in texts):
             return None, self._lowest()
         try:
-            answers, position = await self._member(run, texts, counters, floor, wait_seconds, level, workers=False)
+            answers, position = await self._member(run, texts, floor, wait_seconds, level, workers=False)
         except (_TooLarge, apsw.InterruptError):
             return None, self._lowest()
         return answers[0], position
@@ -148,7 +151,6 @@ class Reads:
         self,
         run: Callable[[Executor], list[bytes]],
         texts: Sequence[str],
-        counters: Counters,
         floor: Position | None,
         wait_seconds: float,
         level: Level,
@@ -163,8 +165,8 @@ class Reads:
                 "Nothing was changed. Try again, or at another node."
             )
         loop = asyncio.get_running_loop()
-        member = _Member(run, counters, floor, texts if workers else (), loop.create_future(), loop)
-        if workers and self._slow and any(self._is_slow(text) for text in texts):
+        member = _Member(run, floor, workers, loop.create_future(), loop)
+        if workers and any(self._is_slow(text) for text in texts):
             self._send_on(member)
         else:
             self._enlist(member)
@@ -242,7 +244,7 @@ class Reads:
             return answer
         except apsw.InterruptError as error:
             self._remember_slow(self._executor.text)
-            if not member.texts:
+            if not member.movable:
                 return error
             self.moved += 1
             self._send_on(member)

@@ -24,6 +24,7 @@ from typing import Self, TypeVar
 import apsw
 
 from walship.errors import (
+    Behind,
     Draining,
     NotDone,
     NotLeader,
@@ -483,6 +484,9 @@ class Service:
     def _enter(self, call: Call) -> None:
         if self._draining and call.stream == 0:
             raise Draining("this node is shutting down. Nothing was changed. Try another node, or the proxy.")
+        if call.level is Level.LINEARIZABLE and self._host.writer is None:
+            # Weaker than asked for, silently, is the one thing a level must never be (R18).
+            raise Behind("a follower cannot answer linearizable reads. Ask the leader, or connect to the proxy.")
         if self._active >= self._limits.streams:
             raise Overloaded(f"{self._active} calls are running already. Nothing was changed. Try again.")
         self._active += 1
