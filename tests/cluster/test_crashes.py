@@ -1,0 +1,75 @@
+"""kill -9 of a node at random moments under load: nothing acknowledged is lost, and history goes on where it was.
+
+Every row is a transaction of its own, so the TXID is known exactly: the first content is 1, CREATE TABLE is 2.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from tests.cluster.harness import Cluster, checksum_of, content_of, same_files, say
+from tests.cluster.load import Load
+
+KILLS = 5
+
+
+def test_a_killed_follower_comes_back_level_while_writes_go_on(start_cluster: Callable[..., Cluster]) -> None:
+    """Guarantees, "a follower, at any moment": it applies its log again and continues from the leader's, unseeded."""
+    cluster = start_cluster()
+    with Load(prepared(cluster)) as load:
+        for _ in range(KILLS):
+            load.wait_acked(random.randint(1, 200))
+            restart(cluster, random.choice(cluster.followers))
+        load.wait_acked(50)
+    check(cluster, load, seeds={"n2": {0, 1}, "n3": {0, 1}})
+
+
+def test_a_killed_leader_loses_no_acknowledged_write_and_followers_continue(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    """R2, R7: restarted on the same data it leads again in a new term, at the TXID its -wal ends at."""
+    cluster = start_cluster()
+    with Load(prepared(cluster)) as load:
+        for _ in range(KILLS):
+            load.wait_acked(random.randint(1, 200))
+            restart(cluster, cluster.leader)
+        load.wait_acked(50)
+    assert cluster.status()["term"] == KILLS + 1
+    check(cluster, load, seeds={"n2": {1}, "n3": {1}})
+
+
+def prepared(cluster: Cluster) -> str:
+    with cluster.client() as client:
+        client.execute("CREATE TABLE w (id INTEGER PRIMARY KEY, v)")
+    return cluster.url
+
+
+def restart(cluster: Cluster, name: str) -> None:
+    cluster.processes[name].kill()
+    cluster.start_node(name)
+
+
+def check(cluster: Cluster, load: Load, *, seeds: dict[str, set[int]]) -> None:
+    """No acknowledged row is missing, none that was refused is there, all nodes are equal and none was seeded anew."""
+    statuses = cluster.wait_level()
+    rows = {row for (row,) in rows_of(cluster)}
+    say(
+        f"{len(load.acked)} acknowledged, answers otherwise: {dict(load.codes)}; {len(rows - load.acked)} of those done"
+    )
+    assert load.acked - rows == set(), "acknowledged and lost"
+    assert rows & load.not_done == set(), "refused as not done, and done"
+    assert statuses[cluster.leader]["txid"] == 2 + len(rows)
+    for name, allowed in seeds.items():
+        assert statuses[name]["replication"]["seeds"] in allowed, name
+        assert statuses[name]["replication"]["mismatches"] == 0, name
+    files = cluster.stop()
+    same_files(files)
+    assert checksum_of(files[0], 4096) == statuses[cluster.leader]["log"]["checksum"]
+    assert content_of(files[1], "SELECT count(*) FROM w") == [(len(rows),)]
+
+
+def rows_of(cluster: Cluster) -> list[tuple[int]]:
+    with cluster.client("n1") as client:
+        return client.execute("SELECT id FROM w").rows
