@@ -242,6 +242,7 @@ async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str],
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         backlog=BACKLOG,
@@ -271,12 +272,13 @@ async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str],
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes any free one. Raises UsageError when the address cannot be had."""
+    """A listening socket; port 0 takes any free one. Raises UsageError when the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise UsageError(

@@ -77,6 +77,7 @@ class Backend:
         self.since = clock()
         self._clock = clock
         self._applied: Position = NO_POSITION
+        self._serving = False  # what the last status says; asked several times for each request
 
     @property
     def name(self) -> str:
@@ -100,12 +101,11 @@ class Backend:
 
     @property
     def usable(self) -> bool:
-        connection, status = self.connection, self.status
+        connection = self.connection
         return (
-            connection is not None
-            and status is not None
+            self._serving
+            and connection is not None
             and connection.usable
-            and status.flags & (StatusFlags.SERVING | StatusFlags.DRAINING) == StatusFlags.SERVING
             and self._clock() - connection.last_heard < QUIET_SECONDS
         )
 
@@ -122,6 +122,7 @@ class Backend:
 
     def take_status(self, status: Status) -> None:
         previous, self.status = self.status, status
+        self._serving = StatusFlags.SERVING in status.flags and StatusFlags.DRAINING not in status.flags
         if previous is None or previous.role is not status.role:
             self.since = self._clock()
         applied = status.applied
@@ -129,7 +130,7 @@ class Backend:
             self._applied = applied
 
     def forget_connection(self) -> None:
-        self.connection, self.status, self._applied = None, None, NO_POSITION
+        self.connection, self.status, self._applied, self._serving = None, None, NO_POSITION, False
         self.since = self._clock()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from prometheus_client import Counter, Histogram
 from starlette.types import Receive, Scope, Send
 
 from proxy.dispatch import CursorAnswer, Dispatcher
@@ -56,6 +57,8 @@ class Front:
         self.orphaned_pins: deque[Pin] = deque()  # node streams nobody can reach any more; the sweeper closes them
         self._streams, self._dispatcher, self._metrics, self._known = streams, dispatcher, metrics, known
         self._body_max_bytes = body_max_bytes
+        self._measured: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._reads: dict[str, Counter] = {}
         self._clock = asyncio.get_running_loop().time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +82,9 @@ class Front:
         except _ClientGone:
             outcome = "client gone"
         finally:
-            self._metrics.requests.labels(kind, outcome).inc()
-            self._metrics.request_seconds.labels(kind).observe(self._clock() - started)
+            counter, seconds = self._measures(kind, outcome)
+            counter.inc()
+            seconds.observe(self._clock() - started)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None when it is larger than allowed."""
@@ -126,7 +130,8 @@ class Front:
             if plan.stored and (pin := self._streams.drop_kept(stream)) is not None:
                 self.orphaned_pins.append(pin)  # two copies of the stored texts would come to differ
             keep = plan.need is Need.LEADER and not (plan.closes or plan.stored) and self._streams.may_keep
-            plan = replace(plan, keep=keep)
+            if keep:
+                plan = replace(plan, keep=True)
             if plan.settings is not settings:
                 stream.settings = plan.settings
         except WalshipError:
@@ -238,7 +243,19 @@ class Front:
 
     def _count(self, plan: Plan, node: str) -> None:
         if plan.need is Need.READ:
-            self._metrics.reads.labels(node).inc()
+            counter = self._reads.get(node)
+            if counter is None:
+                counter = self._reads[node] = self._metrics.reads.labels(node)
+            counter.inc()
+
+    def _measures(self, kind: str, outcome: str) -> tuple[Counter, Histogram]:
+        """Looking a labelled metric up costs more than counting with it."""
+        found = self._measured.get((kind, outcome))
+        if found is None:
+            metrics = self._metrics
+            found = metrics.requests.labels(kind, outcome), metrics.request_seconds.labels(kind)
+            self._measured[kind, outcome] = found
+        return found
 
 
 class _Request:
