@@ -121,12 +121,12 @@ class OpenSnapshot:
 class Leader:
     """A publisher with all around it. Is the publisher's `Source`."""
 
-    def __init__(self, directory: Path, *, term: int = 1, log_limits: LogLimits = LIMITS) -> None:
+    def __init__(self, directory: Path, *, term: int = 1, log_limits: LogLimits = LIMITS, **more: object) -> None:
         self.writer = Writer(directory, term=term)
         self.cluster, self.node_id, self.name = CLUSTER, "aa" * 16, "north"
         self.term = term
         self.leader_url: str | None = None
-        self.log = Log.open(directory / "log", cluster=CLUSTER, base=self.writer.tip, limits=log_limits)
+        self.log = Log.open(directory / "log", cluster=CLUSTER, base=self.writer.tip, limits=log_limits, **more)  # type: ignore[arg-type]
         self.watermarks = Watermarks(self.log.tip.position, TermHistory([(term, 0)]))
         self.acks: dict[str, tuple[Position, Position, bool]] = {}
         self.all_acks: list[Position] = []
@@ -253,6 +253,7 @@ class ReplicaSeed:
         sums = PageChecksums(self.header.page_size)
         if sums.apply(self.pages.items(), self.header.commit) != self.header.checksum:
             raise CorruptDatabase("the snapshot's pages are not what its header says")
+        self.replica.installing = True
         await self.replica.install_gate.wait()
         await self.replica.install(self.header, self.pages)
 
@@ -285,6 +286,7 @@ class Replica:
         self.frames: list[FrameHeader] = []
         self.streamed: list[str] = []
         self.aborted_seeds = 0
+        self.installing = False
         self.receive_gate = asyncio.Event()
         self.receive_gate.set()
         self.install_gate = asyncio.Event()

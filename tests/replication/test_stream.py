@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
 from walship.formats.record import Kind, encode_record
 from walship.replication.feed import whole_records
-from walship.replication.messages import AckFlags
+from walship.replication.messages import PROTOCOL, Ack, AckFlags, Hello
+from walship.replication.protocol import FollowerProtocol
 from walship.replication.publisher import FeedLimits
 from walship.replication.subscriber import Identity, Link, Subscriber, SubscriberLimits
 from walship.replication.upgrade import connect
@@ -91,6 +93,19 @@ async def test_nothing_is_shipped_before_the_leaders_fdatasync(tmp_path: Path) -
         assert south.frames[-1].position == durable
         leader.sync()
         await eventually(lambda: caught_up(leader, south))
+
+
+async def test_catching_up_from_the_log_stops_at_what_is_durable(tmp_path: Path) -> None:
+    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
+    async with leader.serving(), Followers(leader).following(south):
+        await eventually(lambda: caught_up(leader, south))
+        durable = leader.commit(offer=False).header.position
+        leader.commit(offer=False, durable=False)
+        leader.cut_connections()
+        await eventually(lambda: leader.acks[node_id(south)][0] == durable)
+        heartbeats = len(south.heard_all)
+        await eventually(lambda: len(south.heard_all) > heartbeats + 2)
+        assert south.frames[-1].position == durable
 
 
 async def test_after_a_cut_the_log_continues_without_a_snapshot(tmp_path: Path) -> None:
@@ -281,6 +296,23 @@ async def test_nothing_is_acknowledged_while_a_snapshot_is_installed(tmp_path: P
         assert south.replay() == leader.writer.database.pages
 
 
+async def test_signs_of_life_keep_a_seeds_pin_alive(tmp_path: Path) -> None:
+    """R9: a pin silent for 60 s is dropped, however long an install takes."""
+    now = [0.0]
+    leader, south = Leader(tmp_path / "l", clock=lambda: now[0]), Replica(tmp_path / "f")
+    south.install_gate.clear()
+    fast = SubscriberLimits(ack_seconds=0.005)
+    async with leader.serving(), Followers(leader, fast).following(south) as [subscriber]:
+        await eventually(lambda: subscriber.link is Link.SEEDING and leader.log.statistics().pins == 1)
+        for _ in range(4):
+            now[0] += 40
+            await eventually(lambda: leader.log._pins[0].last_heard == now[0])
+            leader.log.prune(keep_from=None, now_ms=0)
+        assert leader.log.statistics().pins == 1
+        south.install_gate.set()
+        await eventually(lambda: caught_up(leader, south))
+
+
 async def test_a_seed_pins_the_log_until_the_follower_has_caught_up(tmp_path: Path) -> None:
     """R9, with a log that would keep nothing."""
     limits = LogLimits(max_bytes=1, segment_bytes=10_000)
@@ -444,6 +476,31 @@ async def test_a_stopped_follower_says_goodbye(tmp_path: Path) -> None:
         assert leader.publisher.statistics().ended == {"closed": 1}
 
 
+async def test_a_lost_connection_does_not_stop_an_install_halfway(tmp_path: Path) -> None:
+    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
+    south.install_gate.clear()
+    fast = SubscriberLimits(ack_seconds=0.005)
+    async with leader.serving(), Followers(leader, fast).following(south) as [subscriber]:
+        await eventually(lambda: south.installing)
+        leader.cut_connections()
+        await eventually(lambda: not leader.publisher.statistics().followers)
+        south.install_gate.set()
+        await eventually(lambda: caught_up(leader, south))
+        assert (south.aborted_seeds, subscriber.statistics().seeds) == (0, 1)
+
+
+async def test_a_follower_that_was_held_up_itself_does_not_blame_the_leader(tmp_path: Path) -> None:
+    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
+    brief = SubscriberLimits(silence_seconds=0.15)
+    async with leader.serving(FeedLimits(heartbeat_seconds=0.02)), Followers(leader, brief).following(south) as [each]:
+        await eventually(lambda: caught_up(leader, south))
+        for _ in range(2):
+            time.sleep(0.4)  # noqa: ASYNC251 - the point: the loop stands still
+            south.heard_all.clear()
+            await eventually(lambda: len(south.heard_all) > 2)
+        assert (each.statistics().connections, each.statistics().failures) == (1, 0)
+
+
 class Grudging(Replica):
     """Answers a cancellation with an error of its own."""
 
@@ -540,6 +597,20 @@ async def test_anything_but_an_upgrade_is_unavailable(answer: bytes, says: str) 
     async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
         with pytest.raises(Unavailable, match=says):
             await connect(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_seconds=5)
+
+
+async def test_an_ack_of_what_was_never_sent_is_not_counted(tmp_path: Path) -> None:
+    leader = Leader(tmp_path / "l")
+    async with leader.serving():
+        reader, writer = await connect(leader.url, timeout_seconds=5)
+        hello = Hello(PROTOCOL, CLUSTER.hex(), "dd" * 16, "liar", "n1", leader.log.tip, 0, voter=True, page_size=0)
+        follower = FollowerProtocol(hello, own=leader.log.tip.position)
+        writer.write(follower.send_hello())
+        list(follower.receive_data(await reader.read(65536)))
+        writer.write(follower.send_ack(Ack(Position(1, 999), Position(1, 999))))
+        await eventually(lambda: leader.publisher.statistics().ended == {"failed": 1})
+        assert leader.all_acks == []
+        writer.close()
 
 
 async def test_garbage_instead_of_a_hello_is_dropped(tmp_path: Path) -> None:

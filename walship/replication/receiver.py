@@ -40,11 +40,12 @@ from walship.replication.protocol import (
     SnapshotEnded,
     SnapshotPartReceived,
 )
-from walship.replication.threads import in_thread, raise_if_cancelled
+from walship.replication.threads import in_thread, raise_if_cancelled, to_its_end
 
 __all__ = ["Identity", "Receiver", "Seed", "Sink", "SubscriberLimits", "Tally"]
 
 _READ_BYTES = 256 << 10
+_OVERSLEPT = 1.5  # a timeout that fires this much late says more about our own loop than about the leader
 _NOWHERE = Position(0, 0)
 
 
@@ -56,7 +57,10 @@ class Seed(Protocol):
         ...
 
     async def install(self) -> None:
-        """Verify what was written, then replace the database and the log. Raises CorruptData: nothing was replaced."""
+        """Verify what was written, then replace the database and the log. Raises CorruptData: nothing was replaced.
+
+        Never cancelled in the middle, and never followed by `abort`: what it leaves behind when it fails is its own.
+        """
         ...
 
     async def abort(self) -> None:
@@ -254,12 +258,16 @@ class Receiver:
 
     async def _receive(self) -> None:
         handlers = self._handlers
+        clock = asyncio.get_running_loop().time
         patience_seconds = self._limits.welcome_seconds
         while True:
+            began = clock()
             try:
                 async with asyncio.timeout(patience_seconds):
                     data = await self._reader.read(_READ_BYTES)
             except TimeoutError as error:
+                if clock() - began > patience_seconds * _OVERSLEPT:
+                    continue  # this process was held up; what the leader said meanwhile waits in the socket
                 raise Unavailable(f"nothing was heard from the leader for {patience_seconds:g} s") from error
             if not data:
                 raise Unavailable("the leader closed the connection")
@@ -339,12 +347,15 @@ class Receiver:
         assert self._seed is not None
         self._check_fence()
         seed, self._seed = self._seed, None  # from here on the seed cleans up after itself: it may be half installed
-        await seed.install()
-        self.seeded = True
+        await to_its_end(self._install(seed))
         durable, applied = await self._sink.progress(None)
         self._check_fence()
         self._writer.write(self._protocol.send_installed(Ack(durable, applied, self._flags())))
         self._installed.set()
+
+    async def _install(self, seed: Seed) -> None:
+        await seed.install()
+        self.seeded = True
 
     # --- acknowledging ----------------------------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
-"""Two small things about cancellation: a hop to a worker thread, and a cancel that a task group swallowed."""
+"""Small things about cancellation: calls that must come to their end, and a cancel that a task group swallowed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
-__all__ = ["in_thread", "raise_if_cancelled"]
+__all__ = ["in_thread", "raise_if_cancelled", "to_its_end"]
 
 T = TypeVar("T")
 
@@ -25,6 +25,18 @@ async def in_thread(function: Callable[..., T], *args: object) -> T:
             await asyncio.wait([future])
         if not future.cancelled():
             future.exception()  # looked at, or asyncio reports it as never retrieved
+        raise
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`; when cancelled, let it finish first. Raises its error then, else the cancellation."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task])
+        task.result()
         raise
 
 
