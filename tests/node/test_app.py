@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from real_host import RealHost
-from waiting import eventually
 
+from tests.node.real_host import RealHost
+from tests.node.waiting import eventually
 from walship.hrana.baton import ALREADY_USED, INVALID
 from walship.node.app import NodeApp
 from walship.node.http_server import bind, serving

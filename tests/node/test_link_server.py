@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from real_host import TERM, RealHost
-from waiting import eventually
 
+from tests.node.real_host import TERM, RealHost
+from tests.node.waiting import eventually
 from walship.formats import link
 from walship.formats.position import Position
 from walship.node.app import NodeApp
