@@ -73,8 +73,9 @@ class Intake:
         await self._put(_What.PART, None, record)
 
     async def end(self, record: bytes) -> None:
-        header, self._streaming = self._streaming, None
+        header = self._streaming
         await self._put(_What.END, header, record)
+        self._streaming = None  # not before: cancelled while it waits for room, the frame is still to be abandoned
         if header is not None:
             self.tip = header.tip
 
