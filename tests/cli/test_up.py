@@ -51,19 +51,11 @@ class Cluster:
 
 @contextlib.contextmanager
 def up(data: Path, *arguments: str, settings: dict[str, str] | None = None) -> Iterator[Cluster]:
-    command = [
-        sys.executable,
-        "-m",
-        "walship",
-        "up",
-        *arguments,
-        "--listen",
-        "127.0.0.1:0",
-        "--data",
-        str(data),
-        "--json",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "walship", "up", *arguments, "--data", str(data), "--json"]
+    environment = os.environ | {"WALSHIP_LISTEN": "127.0.0.1:0", "WALSHIP_LOG_MAX": "64MiB"} | (settings or {})
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stderr is not None
