@@ -21,7 +21,7 @@ import time
 CHECKS = (
     "SELECT sum(balance) FROM account",
     "SELECT n FROM counter",
-    "SELECT count(*), coalesce(max(size), 0), coalesce(min(size), 2) FROM (SELECT count(*) AS size FROM pair GROUP BY k)",
+    "SELECT count(*), coalesce(max(n), 0), coalesce(min(n), 2) FROM (SELECT count(*) AS n FROM pair GROUP BY k)",
 )
 
 

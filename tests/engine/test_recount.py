@@ -191,6 +191,24 @@ class TestUnknownWal:
         leader.abandon()
         return state, replica
 
+    @pytest.mark.parametrize("stopped", [False, True], ids=["crash", "stop"])
+    def test_a_file_that_others_wrote_to_is_never_taken_for_next_base(self, tmp_path: Path, stopped: bool) -> None:
+        """The log's tip is `next_base` and the -wal is empty, yet the file has a commit more: its stamp says so."""
+        leader = filled(tmp_path / "n")
+        assert leader.leader.checkpoint()
+        if stopped:
+            leader.close()
+            changed_by_others(tmp_path / "n" / "data.db", "INSERT INTO t VALUES(100, 'lost')")
+            image = tmp_path / "n"
+        else:
+            leader.write("INSERT INTO t VALUES(100, 'lost')")
+            image = crash_image(tmp_path / "n", tmp_path / "image")
+            changed_by_others(image / "data.db", "SELECT count(*) FROM t")
+            leader.close()
+        _, replica = recovered(image)
+        assert replica.differing
+        replica.close()
+
     def test_differing_pages_become_one_rebuilt_frame_of_the_next_term(self, tmp_path: Path) -> None:
         image = self.lost_count(tmp_path)
         _, replica = self.lead(image, 2)

@@ -15,7 +15,7 @@ from enum import Enum, auto
 
 import apsw
 
-__all__ = ["CheckpointPolicy", "Step", "passive", "truncate"]
+__all__ = ["CheckpointPolicy", "Step", "passive", "restart", "truncate"]
 
 
 class Step(Enum):
@@ -69,11 +69,21 @@ def passive(connection: apsw.Connection) -> tuple[int, int]:
         return -1, -1
 
 
+def restart(connection: apsw.Connection, timeout_ms: int) -> bool:
+    """Copy everything back and see every reader off the WAL, so that the next writer begins it anew; False when some
+    stayed longer than `timeout_ms`."""
+    return _exclusive(connection, apsw.SQLITE_CHECKPOINT_RESTART, timeout_ms)
+
+
 def truncate(connection: apsw.Connection, timeout_ms: int) -> bool:
     """Copy everything back and empty the -wal; False when readers did not leave within `timeout_ms`."""
+    return _exclusive(connection, apsw.SQLITE_CHECKPOINT_TRUNCATE, timeout_ms)
+
+
+def _exclusive(connection: apsw.Connection, mode: int, timeout_ms: int) -> bool:
     connection.set_busy_timeout(timeout_ms)
     try:
-        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        connection.wal_checkpoint(mode=mode)
     except (apsw.BusyError, apsw.LockedError):
         return False
     finally:

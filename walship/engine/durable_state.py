@@ -24,7 +24,7 @@ from walship.engine import failpoints
 from walship.errors import CorruptState, Fenced, StorageFailed, UsageError
 from walship.formats.position import Tip
 
-__all__ = ["STATE_FILE", "DurableState", "StateFile", "Truth", "WalBase"]
+__all__ = ["STATE_FILE", "DurableState", "FileStamp", "StateFile", "Truth", "WalBase"]
 
 STATE_FILE = "state"
 _TEMPORARY = "state.new"
@@ -57,6 +57,19 @@ class WalBase:
 
 
 @dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What the database file looked like at a moment: every later write to it, by whomever, gives it another stamp."""
+
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> Self:
+        status = os.fstat(descriptor)
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
 class DurableState:
     """Everything in the record.
 
@@ -65,6 +78,8 @@ class DurableState:
     truth, led: where the newest commits are, and the term of this node's last leadership (R2).
     base, next_base: what txids of the -wal are counted from; `next_base` is the txid at which the next generation,
         whose salts nobody has seen yet, will start (R7).
+    next_base_file: the database file when it held everything up to `next_base`. Another stamp means that somebody has
+        copied frames into it since; then no generation can be said to be the next one.
     mark: everything up to here is durable in database file and -wal, and the saved checksum array is of it (R8).
     rewinding, installing: a rewind or a snapshot install that has begun and is to be finished at start (R9, R12).
     """
@@ -78,6 +93,7 @@ class DurableState:
     led: int | None = None
     base: WalBase | None = None
     next_base: int | None = None
+    next_base_file: FileStamp | None = None
     mark: Tip | None = None
     rewinding: dict[str, Any] | None = None
     installing: dict[str, Any] | None = None

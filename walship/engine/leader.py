@@ -14,6 +14,7 @@ moved forward only inside `checkpoint` and right after a generation began (engin
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -21,9 +22,9 @@ import apsw
 
 from walship.engine import failpoints
 from walship.engine.capture import Capture, Captured, WalPoint
-from walship.engine.checkpoint import passive, truncate
+from walship.engine.checkpoint import passive, restart, truncate
 from walship.engine.database import Database, holding_write
-from walship.engine.durable_state import StateFile, WalBase
+from walship.engine.durable_state import FileStamp, StateFile, WalBase
 from walship.engine.log import FrameRef, Log
 from walship.engine.marks import Marks
 from walship.engine.snapshot import Snapshot
@@ -40,7 +41,10 @@ __all__ = ["Leader", "log_captured"]
 _log = logging.getLogger("walship.engine")
 
 CHECKPOINT_BYTES = 4 << 20  # reset the -wal in place about this often: SQLite's own default of 1,000 pages
-WAL_LIMIT_BYTES = 64 << 20  # past this the -wal file is given back to the disk
+PATIENCE_BYTES = 16 << 20  # past this readers are waited for a little
+WAL_LIMIT_BYTES = 64 << 20  # past this the -wal file is given back to the disk, and readers are waited for longer
+_SHORT_WAIT_MS = 5
+_LONG_WAIT_MS = 20
 _PIN_TRIES = 20
 
 
@@ -56,8 +60,8 @@ class Guard:
     def advance(self) -> None:
         """Begin a new read transaction at the tip, then end the old one.
 
-        Only when everything up to the tip is in the log; and synced there, `next_base` durable, if it may land on
-        the file alone (R7).
+        Only when everything up to the tip is in the log. When it lands on the file alone, the -wal's past is let go
+        as soon as WRITE is: then the log must be synced, `next_base` durable (R7).
         """
         self.on_file = self._begin(self._idle)
         self._active.execute("COMMIT")
@@ -95,6 +99,7 @@ class Leader:
         at: WalPoint | None,
         now_ms: Callable[[], int],
         on_frame: Callable[[FrameRef, bytes | None], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.database = database
         self.log = log
@@ -106,10 +111,12 @@ class Leader:
         self._cluster = cluster
         self._now_ms = now_ms
         self._on_frame = on_frame
+        self._clock = clock
         self._capture = Capture(database, at)
         self._checkpointer = database.connect_writer()
         self._guard = Guard(database)
         self._attempt_after_bytes = 0
+        self._held_back_since: float | None = None
         self.group_frames = 0
 
     @property
@@ -143,6 +150,7 @@ class Leader:
         self.group_frames = captured.until.frame - captured.since.frame
         self.watermarks.captured = tip.position
         self._capture.advance(captured)
+        self._marks.appended(ref.size_bytes)
         self.watermarks.durable = tip.position
         self._on_frame(ref, data)
         if self._guard.on_file:
@@ -151,8 +159,7 @@ class Leader:
 
     def checkpoint_if_due(self) -> bool:
         """Copy the -wal back and let the next writer reuse it, once it has grown enough. True when it was done."""
-        frames = self.database.index.header().mx_frame
-        size_bytes = frames * (FRAME_HEADER_SIZE + self.database.page_size)
+        size_bytes = self.wal_bytes()
         if size_bytes < max(CHECKPOINT_BYTES, self._attempt_after_bytes):
             return False
         done = self.checkpoint()
@@ -161,10 +168,16 @@ class Leader:
         return done
 
     def checkpoint(self) -> bool:
-        """One full checkpoint in the order that R7 asks for. False when a reader or a foreign writer is in the way."""
+        """One full checkpoint in the order that R7 asks for. False when a reader or a foreign writer is in the way.
+
+        While WRITE is held new readers begin at the tip, which lets frames be copied back; so readers that come and
+        go are waited for, longer the larger the -wal has become.
+        """
         self.commit_group()
         tip = self.log.sync()
         failpoints.reach("checkpoint.log_synced")
+        self._marks.save_if_due(tip, self._checksums)
+        size_bytes = self.wal_bytes()
         holder = self.database.holder
         holder.set_busy_timeout(0)  # waiting while parked on a read mark could stall every writer (engine.md 8)
         try:
@@ -172,31 +185,64 @@ class Leader:
                 header = self.database.index.header()
                 if self._capture.behind(header):
                     return False  # a foreign commit slipped in; it is captured first
-                self._state.update(next_base=tip.position.txid)
-                failpoints.reach("checkpoint.state_written")
                 self._guard.advance()
-                passive(self._checkpointer)
-                failpoints.reach("checkpoint.wal_backfilled")
-                if self.database.index.checkpoint_info().n_backfill < header.mx_frame:
+                if not self._backfill(header.mx_frame, _wait_seconds(size_bytes)):
+                    self._held_back_since = self._held_back_since or self._clock()
                     return False
+                failpoints.reach("checkpoint.wal_backfilled")
+                # The guard still holds this generation. Only now is it known what the file must look like if nobody
+                # but the next generation's first writer touches anything.
+                stamp = FileStamp.of(self.database.file_fd)
+                self._state.update(next_base=tip.position.txid, next_base_file=stamp)
+                failpoints.reach("checkpoint.state_written")
                 self._guard.advance()
         except apsw.BusyError:
             return False
         finally:
             holder.set_busy_timeout(2000)
+        self._held_back_since = None
+        # The next writer reuses the -wal from its start, unless readers of its past are still there.
         if self.database.wal_size_bytes() > WAL_LIMIT_BYTES:
-            truncate(self._checkpointer, 20)
-        self._marks.save_if_due(tip, self._checksums)
+            truncate(self._checkpointer, _LONG_WAIT_MS)
+        elif size_bytes > PATIENCE_BYTES:
+            restart(self._checkpointer, _SHORT_WAIT_MS)
         return True
+
+    def _backfill(self, mx_frame: int, wait_seconds: float) -> bool:
+        """Copy frames back until all are in the file; False when readers of an older state are still there at the end
+        of the wait. WRITE is held."""
+        deadline = self._clock() + wait_seconds
+        while True:
+            passive(self._checkpointer)
+            if self.database.index.checkpoint_info().n_backfill >= mx_frame:
+                return True
+            if self._clock() >= deadline:
+                return False
+            time.sleep(0.001)
+
+    def wal_bytes(self) -> int:
+        """Bytes of frames in the present generation of the -wal. From any thread."""
+        return self.database.index.header().mx_frame * (FRAME_HEADER_SIZE + self.database.page_size)
+
+    def held_back_seconds(self) -> float:
+        """For how long a reader has kept the -wal from being emptied; 0 when none does. From any thread."""
+        since = self._held_back_since
+        return 0.0 if since is None else self._clock() - since
 
     def pin_snapshot(self, complete_since_ms: int = 0) -> tuple[SnapshotHeader, Snapshot]:
         """Pin the database at exactly the log's tip. Raises Unavailable when foreign writers do not pause."""
         for _ in range(_PIN_TRIES):
             self.commit_group()
-            with holding_write(self.database.holder):
-                if self._capture.behind(self.database.index.header()):
-                    continue
-                snapshot = Snapshot.pin(self.database)
+            try:
+                with holding_write(self.database.holder):
+                    if self._capture.behind(self.database.index.header()):
+                        continue
+                    snapshot = Snapshot.pin(self.database)
+            except apsw.BusyError as error:
+                raise Unavailable(
+                    "another process held SQLite's write lock for seconds, so no snapshot could be pinned; "
+                    "nothing was sent, ask again"
+                ) from error
             tip = self.log.tip
             header = SnapshotHeader(
                 cluster=self._cluster,
@@ -238,8 +284,15 @@ class Leader:
         if since.frame or (base is not None and base.salts == since.salts):
             return
         txid = self.log.tip.position.txid
-        self._state.update(base=WalBase(txid, since.salts, 0, since.checksum), next_base=None)
+        self._state.update(base=WalBase(txid, since.salts, 0, since.checksum), next_base=None, next_base_file=None)
         failpoints.reach("generation.based")
+
+
+def _wait_seconds(wal_bytes: int) -> float:
+    """How long writers may be held up for readers: not at all while the -wal is small."""
+    if wal_bytes <= PATIENCE_BYTES:
+        return 0.0
+    return (_LONG_WAIT_MS if wal_bytes > WAL_LIMIT_BYTES else _SHORT_WAIT_MS) / 1000
 
 
 class Commits(Protocol):

@@ -145,7 +145,7 @@ def finish_install(directory: Path, state: StateFile, cluster: bytes, log: Log, 
 def complete_install(state: StateFile, marks: Marks, tip: Tip, checksums: PageChecksums) -> None:
     """The database is at `tip` and durable, the log begins there: clear the intention."""
     marks.save(tip, checksums)
-    state.update(installing=None, truth=Truth.LOG, base=None, next_base=None)
+    state.update(installing=None, truth=Truth.LOG, base=None, next_base=None, next_base_file=None)
     failpoints.reach("seed.installed")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from walship.engine import failpoints
 from walship.engine.capture import WalPoint
 from walship.engine.database import Database
-from walship.engine.durable_state import StateFile, Truth, WalBase
+from walship.engine.durable_state import FileStamp, StateFile, Truth, WalBase
 from walship.engine.leader import Leader, log_captured
 from walship.engine.log import FrameRef
 from walship.engine.replica import Replica
@@ -77,6 +77,7 @@ def promote(
         promised=max(term, state.state.promised),
         base=WalBase(txid, at.salts, at.frame, at.checksum) if at else None,
         next_base=None if at else txid,
+        next_base_file=None if at else FileStamp.of(database.file_fd),
     )
     failpoints.reach("leader.truth_wal")
     for started, start in log.terms().starts():

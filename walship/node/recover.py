@@ -22,7 +22,7 @@ from pathlib import Path
 from walship.engine.apply import Applier
 from walship.engine.capture import Capture, WalPoint
 from walship.engine.database import Database
-from walship.engine.durable_state import DurableState, StateFile, Truth
+from walship.engine.durable_state import DurableState, FileStamp, StateFile, Truth
 from walship.engine.leader import log_captured
 from walship.engine.log import Log, LogLimits
 from walship.engine.marks import Marks
@@ -211,13 +211,14 @@ def _count_from(state: DurableState, database: Database, tip_txid: int) -> tuple
     """Where in the -wal which txid is known, or None when nothing says so."""
     header = database.index.header()
     base = state.base
-    if header.mx_frame == 0:
-        return (None, tip_txid) if state.next_base == tip_txid else None
-    if base is not None and header.salts == base.salts and header.mx_frame >= base.frame:
-        if _checksum_at(database, base.frame) == base.frame_checksum:
+    if base is not None and header.mx_frame and header.salts == base.salts:
+        if header.mx_frame >= base.frame and _checksum_at(database, base.frame) == base.frame_checksum:
             return WalPoint(base.salts, base.frame, base.frame_checksum), base.txid
         return None
-    return (None, tip_txid) if state.next_base == tip_txid else None
+    # Empty, or a generation that nobody saw begin. It is the next one only if the file is as it was left: any process
+    # that closes last, or checkpoints, copies frames into it and may delete or reset the -wal that held them.
+    untouched = state.next_base_file == FileStamp.of(database.file_fd)
+    return (None, tip_txid) if state.next_base == tip_txid and untouched else None
 
 
 def _checksum_at(database: Database, frame: int) -> tuple[int, int]:
