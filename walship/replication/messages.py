@@ -2,7 +2,7 @@
 
 Talk that happens once a connection (hello, welcome, refusal, goodbye) is JSON: readable in a capture, and a later
 version can add a key that this one ignores. What comes many times a second (heartbeat, ack) is fixed binary. Each
-value is the body of one record (docs/format.md section 5); each checks itself when it is made, so that neither side
+value is the body of one record (docs/format.md section 7); each checks itself when it is made, so that neither side
 can say, or be told, something that contradicts itself.
 """
 
@@ -19,6 +19,8 @@ from walship.errors import ProtocolViolation
 from walship.formats.position import Position, Tip
 
 __all__ = [
+    "ACK_LAYOUT",
+    "HEARTBEAT_LAYOUT",
     "MAX_HISTORY",
     "PROTOCOL",
     "Ack",
@@ -40,8 +42,8 @@ _MAX_TEXT = 4096
 _U64 = 1 << 64
 _NOTHING = Position(0, 0)
 
-_HEARTBEAT = struct.Struct(">QQQQqQQ")
-_ACK = struct.Struct(">QQQQI")
+HEARTBEAT_LAYOUT = struct.Struct(">QQQQqQQ")
+ACK_LAYOUT = struct.Struct(">QQQQI")
 
 
 class StreamSource(StrEnum):
@@ -70,7 +72,6 @@ class GoodbyeReason(StrEnum):
     TERM_ENDED = "term_ended"
     REPLACED = "replaced"
     LOG_TRUNCATED = "log_truncated"
-    FAILED = "failed"
 
 
 class AckFlags(IntFlag):
@@ -232,20 +233,20 @@ class Heartbeat:
     keep_from: int
     monotonic_ms: int
 
-    SIZE = _HEARTBEAT.size
+    SIZE = HEARTBEAT_LAYOUT.size
 
     def to_body(self) -> bytes:
         tip, acked = self.tip, self.acked
-        return _HEARTBEAT.pack(
+        return HEARTBEAT_LAYOUT.pack(
             tip.term, tip.txid, acked.term, acked.txid, self.leader_time_ms, self.keep_from, self.monotonic_ms
         )
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Read a HEARTBEAT body. Raises ProtocolViolation when its size is wrong."""
-        if len(body) != _HEARTBEAT.size:
-            raise ProtocolViolation(f"a heartbeat has {len(body)} bytes instead of {_HEARTBEAT.size}")
-        tip_term, tip_txid, acked_term, acked_txid, time_ms, keep_from, monotonic_ms = _HEARTBEAT.unpack(body)
+        if len(body) != HEARTBEAT_LAYOUT.size:
+            raise ProtocolViolation(f"a heartbeat has {len(body)} bytes instead of {HEARTBEAT_LAYOUT.size}")
+        tip_term, tip_txid, acked_term, acked_txid, time_ms, keep_from, monotonic_ms = HEARTBEAT_LAYOUT.unpack(body)
         return cls(Position(tip_term, tip_txid), Position(acked_term, acked_txid), time_ms, keep_from, monotonic_ms)
 
     def __str__(self) -> str:
@@ -260,7 +261,7 @@ class Ack:
     applied: Position
     flags: AckFlags = _NO_FLAGS
 
-    SIZE = _ACK.size
+    SIZE = ACK_LAYOUT.size
 
     @classmethod
     def seeding(cls) -> Self:
@@ -273,14 +274,14 @@ class Ack:
 
     def to_body(self) -> bytes:
         durable, applied = self.durable, self.applied
-        return _ACK.pack(durable.term, durable.txid, applied.term, applied.txid, self.flags)
+        return ACK_LAYOUT.pack(durable.term, durable.txid, applied.term, applied.txid, self.flags)
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Read an ACK body. Raises ProtocolViolation when its size is wrong."""
-        if len(body) != _ACK.size:
-            raise ProtocolViolation(f"an ack has {len(body)} bytes instead of {_ACK.size}")
-        durable_term, durable_txid, applied_term, applied_txid, flags = _ACK.unpack(body)
+        if len(body) != ACK_LAYOUT.size:
+            raise ProtocolViolation(f"an ack has {len(body)} bytes instead of {ACK_LAYOUT.size}")
+        durable_term, durable_txid, applied_term, applied_txid, flags = ACK_LAYOUT.unpack(body)
         return cls(Position(durable_term, durable_txid), Position(applied_term, applied_txid), AckFlags(flags))
 
     def __str__(self) -> str:
