@@ -203,28 +203,38 @@ class Front:
         name = answer.backend.name
         self._count(plan, name)
         ended = answer.cursor.ended and isinstance(answer.cursor.end, CursorEnd)
+        held = b""
         try:
             if ended:  # a small one is here whole: everything about it is known before its head is sent
                 baton, position = self._end_cursor(stream, plan, answer)
             else:
                 baton = self._streams.promise(stream, in_transaction=plan.opens or not stream.autocommit)
-            first = with_baton(answer.first, baton)
+            held = with_baton(answer.first, baton)
             await _start(send, 200, CURSOR_TYPE, served(name, position))
-            await _send_part(send, first)
             if not ended:
+                # Each part waits for the next: a client that has read the last row may use the promised baton at
+                # once, and by then it must be good.
                 while (chunk := await answer.cursor.chunk()) is not None:
-                    await _send_part(send, chunk)
+                    await _send_part(send, held)
+                    held = chunk
                 self._end_cursor(stream, plan, answer)
                 ended = True
         except (LinkLost, _CursorRefused) as error:
             ended = True
-            self.fail(stream, resumed=True, error=error)
-            await _send_part(send, cursor_error(_cursor_failure(plan, error)))
+            self._fail_cursor(stream, error)
+            held += cursor_error(_cursor_failure(plan, error))
         finally:
             if not ended:
                 answer.cursor.abandon()
-                self.fail(stream, resumed=True, error=_ClientGone())
-        await send({"type": "http.response.body", "body": b""})
+                self._fail_cursor(stream, _ClientGone())
+        await send({"type": "http.response.body", "body": held})
+
+    def _fail_cursor(self, stream: ClientStream, error: BaseException) -> None:
+        """As `fail`, for a client that already has the promised baton: that is the one that stays good."""
+        if stream.pin is None:
+            self._streams.keep(stream, self._clock())
+        else:
+            self.fail(stream, resumed=True, error=error)
 
     def _end_cursor(self, stream: ClientStream, plan: Plan, answer: CursorAnswer) -> tuple[str | None, Position]:
         end = answer.cursor.end

@@ -79,6 +79,8 @@ class SmallNode:
         self._executor = Executor(self._connection, Limits(), may_write=role is Role.LEADER)
         self._applied = history.position
         self._grants: dict[int, int] = {}
+        self.may_end_cursors = asyncio.Event()  # cleared, a cursor has sent its rows and not said so
+        self.may_end_cursors.set()
         self._granted = asyncio.Event()
 
     def _connect(self) -> apsw.Connection:
@@ -285,6 +287,7 @@ class SmallNode:
                 await writer.drain()
         if chunk:
             writer.write(Chunk(request.id, chunk).to_bytes())
+        await self.may_end_cursors.wait()
         stream, autocommit = self._after(request, executor, closed=False)
         flags = ReplyFlags.AUTOCOMMIT if autocommit else ReplyFlags.NONE
         writer.write(CursorEnd(request.id, self.applied, stream, flags).to_bytes())
