@@ -19,7 +19,7 @@ from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
 from walship.formats.record import Kind, encode_record
 from walship.replication.feed import whole_records
-from walship.replication.messages import PROTOCOL, Ack, AckFlags, Hello
+from walship.replication.messages import PROTOCOL, Ack, AckFlags, Goodbye, GoodbyeReason, Heartbeat, Hello, Welcome
 from walship.replication.protocol import FollowerProtocol
 from walship.replication.publisher import FeedLimits
 from walship.replication.subscriber import Identity, Link, Subscriber, SubscriberLimits
@@ -208,13 +208,29 @@ async def test_a_second_process_with_the_same_id_is_refused(tmp_path: Path) -> N
         assert (first.statistics().connections, first.link) == (1, Link.STREAMING)
 
 
+async def greet(leader: Leader) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, FollowerProtocol]:
+    """A follower by hand, at the leader's tip, welcomed."""
+    reader, writer = await connect(leader.url, timeout_seconds=5)
+    hello = Hello(PROTOCOL, CLUSTER.hex(), "dd" * 16, "hand", "n1", leader.log.tip, 0, voter=True, page_size=0)
+    follower = FollowerProtocol(hello, own=leader.log.tip.position)
+    writer.write(follower.send_hello())
+    assert [type(event) for event in follower.receive_data(await reader.read(65536))] == [Welcome, Heartbeat]
+    return reader, writer, follower
+
+
 async def test_the_same_process_replaces_its_own_dead_connection(tmp_path: Path) -> None:
-    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
-    async with leader.serving(), Followers(leader).following(south):
-        await eventually(lambda: caught_up(leader, south))
-        twin = Replica(tmp_path / "t", base=south.log.tip if south.log else None)
-        async with Followers(leader).following(twin) as [second]:
-            await eventually(lambda: second.link is Link.STREAMING)
+    leader = Leader(tmp_path / "l")
+    async with leader.serving():
+        first, former, protocol = await greet(leader)
+        _, writer, _ = await greet(leader)
+        said = [event for event in protocol.receive_data(await first.read()) if isinstance(event, Goodbye)]
+        assert [goodbye.reason for goodbye in said] == [GoodbyeReason.REPLACED]
+        await eventually(lambda: leader.publisher.statistics().ended == {"closed": 1})
+        assert len(leader.publisher.statistics().followers) == 1
+        assert leader.forgotten == []
+        former.close()
+        writer.close()
+        await eventually(lambda: leader.forgotten == ["dd" * 16])
 
 
 async def test_more_followers_than_allowed_are_refused(tmp_path: Path) -> None:
@@ -249,6 +265,10 @@ async def test_a_frame_that_does_not_extend_the_tip_is_loud_and_ends_in_a_seed(t
         await eventually(lambda: south.mismatches)
         assert before is not None
         assert str(before.position) in str(south.mismatches[0])
+        await eventually(lambda: caught_up(leader, south))
+        assert subscriber.statistics().seeds == 2
+        leader.cut_connections()  # and from here on the log is enough again
+        leader.commit()
         await eventually(lambda: caught_up(leader, south))
         assert subscriber.statistics().seeds == 2
         assert south.replay() == leader.writer.database.pages
@@ -602,11 +622,7 @@ async def test_anything_but_an_upgrade_is_unavailable(answer: bytes, says: str) 
 async def test_an_ack_of_what_was_never_sent_is_not_counted(tmp_path: Path) -> None:
     leader = Leader(tmp_path / "l")
     async with leader.serving():
-        reader, writer = await connect(leader.url, timeout_seconds=5)
-        hello = Hello(PROTOCOL, CLUSTER.hex(), "dd" * 16, "liar", "n1", leader.log.tip, 0, voter=True, page_size=0)
-        follower = FollowerProtocol(hello, own=leader.log.tip.position)
-        writer.write(follower.send_hello())
-        list(follower.receive_data(await reader.read(65536)))
+        _, writer, follower = await greet(leader)
         writer.write(follower.send_ack(Ack(Position(1, 999), Position(1, 999))))
         await eventually(lambda: leader.publisher.statistics().ended == {"failed": 1})
         assert leader.all_acks == []
