@@ -19,6 +19,7 @@ import typer.main
 
 from walship.cli import main
 from walship.cli.app import app
+from walship.cli.output import rich_table
 from walship.config import NODE, PROXY, STATUS, UP, Setting
 from walship.coordination.file_store import HeldLock
 
@@ -191,3 +192,10 @@ def test_up_never_founds_a_cluster_over_a_nodes_data(tmp_path: Path) -> None:
     done = command("up", "--listen", "127.0.0.1:0", "--data", str(tmp_path))
     assert done.returncode == 2
     assert "the record was lost" in done.stderr
+
+
+@pytest.mark.parametrize(("width", "columns"), [(200, ["node", "role", "url"]), (30, ["node", "role"])])
+def test_a_table_leaves_out_what_is_empty_and_what_does_not_fit(width: int, columns: list[str]) -> None:
+    rows = [("node1", "leader", "-", "http://127.0.0.1:40001")]
+    table = rich_table("title", ("node", "role", "zone", "url"), rows, width=width)
+    assert [column.header for column in table.columns] == columns

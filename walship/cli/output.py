@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,24 +36,31 @@ def fail(text: str) -> None:
     stream.print(Text.assemble(("walship: ", "bold red"), text))
 
 
-def rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for a terminal; columns of numbers are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
+def rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 1000) -> Table:
+    """A table for a terminal of `width`: columns without any value are left out, and the last ones that do not fit."""
+    shown = [index for index in range(len(columns)) if not rows or any(row[index] != "-" for row in rows)]
+    while len(shown) > 2 and sum(_width(columns, rows, index) + 3 for index in shown) > width:
+        shown.pop()
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index in shown:
         numbers = bool(rows) and all(_number(row[index]) for row in rows)
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=index == 0)
+        table.add_column(columns[index], justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
+        table.add_row(*(Text(row[index], style=_style(row[index])) for index in shown))
     return table
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same for a pipe: columns separated by two blanks, no lines, no colours."""
-    widths = [max(len(row[index]) for row in [columns, *rows]) for index in range(len(columns))]
+    widths = [_width(columns, rows, index) for index in range(len(columns))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [columns, *rows]
     )
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]], index: int) -> int:
+    return max(len(row[index]) for row in [columns, *rows])
 
 
 def _number(cell: str) -> bool:

@@ -19,7 +19,7 @@ from walship.errors import Unavailable
 __all__ = ["ask", "describe", "run"]
 
 WATCH_SECONDS = 1.0
-_COLUMNS = ("node", "role", "healthy", "position", "durable", "lag_txids", "lag_seconds", "zone", "pid", "url")
+_COLUMNS = ("node", "role", "healthy", "position", "durable", "lag_txids", "lag_s", "zone", "pid", "url")
 
 
 def run(config: StatusConfig) -> int:
@@ -35,7 +35,7 @@ def run(config: StatusConfig) -> int:
                     time.sleep(WATCH_SECONDS)
             with Live(console=console, screen=False, auto_refresh=False) as live:
                 while True:
-                    live.update(_rich(ask(client, config.url)), refresh=True)
+                    live.update(_rich(ask(client, config.url), console.width), refresh=True)
                     time.sleep(WATCH_SECONDS)
     return 0
 
@@ -72,7 +72,7 @@ def describe(status: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[s
 
 def _row(node: dict[str, Any]) -> tuple[str, ...]:
     shown = node | {"node": node.get("name"), "position": _position(node, "txid")}
-    shown["durable"] = _position(node, "durable_txid")
+    shown |= {"durable": _position(node, "durable_txid"), "lag_s": node.get("lag_seconds")}
     return tuple(_cell(shown.get(column)) for column in _COLUMNS)
 
 
@@ -95,13 +95,13 @@ def _show_once(status: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         output.line(json.dumps(status, separators=(",", ":")))
     elif console.is_terminal:
-        console.print(_rich(status))
+        console.print(_rich(status, console.width))
     else:
         headline, columns, rows = describe(status)
         output.line(headline)
         output.line(output.plain_table(columns, rows))
 
 
-def _rich(status: dict[str, Any]) -> Group:
+def _rich(status: dict[str, Any], width: int) -> Group:
     headline, columns, rows = describe(status)
-    return Group(output.rich_table(headline, columns, rows), Text(""))
+    return Group(output.rich_table(headline, columns, rows, width=width), Text(""))

@@ -27,6 +27,7 @@ import httpx
 
 from walship.cli import adopt, output
 from walship.cli.children import Child
+from walship.cli.status import describe
 from walship.config import DEFAULT_FOLLOWERS, NODE, PROXY, STATUS, UP, UpConfig, environment_name
 from walship.coordination.file_store import FileStore, HeldLock
 from walship.coordination.record import ClusterRecord, create_cluster, read_cluster, read_leader
@@ -237,25 +238,37 @@ def _child_environment(environ: Mapping[str, str]) -> dict[str, str]:
 async def _announce(config: UpConfig, plan: _Plan) -> None:
     """Wait until the proxy sees every node healthy, then say so on stdout. Raises Unavailable after the deadline."""
     url = _client_url(config.listen_host, plan.port)
-    status = await _wait_ready(url, set(plan.record.voters), config)
+    console = output.console()
+    wait = _wait_ready(url, set(plan.record.voters), config)
     if config.json:
-        output.line(json.dumps(status, separators=(",", ":")))
+        output.line(json.dumps(await wait, separators=(",", ":")))
         return
+    if not console.is_terminal:
+        output.line(_words(config, plan, url, await wait))
+        return
+    with console.status(f"starting {len(plan.record.voters)} nodes and a proxy"):
+        status = await wait
+    console.print(output.rich_table(*describe(status), width=console.width))
+    console.print(_words(config, plan, url, status), markup=False)
+
+
+def _words(config: UpConfig, plan: _Plan, url: str, status: dict[str, Any]) -> str:
+    """Where to connect, for people."""
     leader = status["leader"]
-    followers = [name for name in plan.record.voters if name != leader]
-    failover = status.get("failover")
-    output.line(
-        f"walship is up: leader {leader}, followers {', '.join(followers) or 'none'}; ack {plan.record.acks}\n"
-        f"  proxy    {url}\n"
-        f"  python   turso_serverless.connect({url!r}).execute('select 1')     # pip install turso-serverless\n"
-        f"  node     createClient({{ url: {url!r} }})                          # npm install @libsql/client\n"
-        f"  curl     curl -s {url}/v2/pipeline -d "
-        '\'{"requests":[{"type":"execute","stmt":{"sql":"select 1"}}]}\'\n'
-        f"  status   walship status {url}\n"
-        f"  files    {config.data_dir}, logs in {config.data_dir / 'logs'}\n"
-        + (f"  failover {failover}\n" if failover not in (None, "possible") else "")
-        + "Stop it with Ctrl-C; run the same command again to resume."
-    )
+    followers = ", ".join(name for name in plan.record.voters if name != leader) or "none"
+    select = '{"requests":[{"type":"execute","stmt":{"sql":"select 1"}}]}'
+    lines = [
+        f"walship is up: leader {leader}, followers {followers}; ack {plan.record.acks}",
+        f"  proxy     {url}",
+        f"  python    turso_serverless.connect({url!r})   # pip install turso-serverless",
+        f"  node      createClient({{ url: {url!r} }})   # npm install @libsql/client",
+        f"  curl      curl -s {url}/v2/pipeline -d '{select}'",
+        f"  status    walship status {url}",
+        f"  files     {config.data_dir}; logs in {config.data_dir / 'logs'}",
+    ]
+    if status.get("failover") not in (None, "possible"):
+        lines.append(f"  failover  {status['failover']}")
+    return "\n".join([*lines, "Stop it with Ctrl-C; run the same command again to resume."])
 
 
 def _client_url(host: str, port: int) -> str:
