@@ -233,6 +233,23 @@ async def test_a_cursor_streams_its_lines(door: httpx.AsyncClient) -> None:
     assert values == [*map(str, range(1, 30001)), "b"]
 
 
+async def test_the_baton_of_a_cursor_can_be_used_while_its_rows_still_come(door: httpx.AsyncClient) -> None:
+    """PyPI libsql sends the next request as soon as it has seen the last row."""
+    batch = {"steps": [{"stmt": {"sql": f"{series(100_000)} select value, hex(zeroblob(50)) from series"}}]}
+    async with door.stream("POST", "/v3/cursor", json={"batch": batch}) as response:
+        lines = response.aiter_lines()
+        baton = json.loads(await anext(lines))["baton"]
+        assert rows(await post(door, execute("select 1"), CLOSE, baton=baton)) == [["1"]]
+        assert len([line async for line in lines]) == 100_002
+
+
+async def test_a_stream_whose_transaction_ended_is_revived(leader: RealHost, door: httpx.AsyncClient) -> None:
+    begun = (await post(door, execute("begin"), execute("select 1"))).json()["baton"]
+    ended = (await post(door, execute("commit"), baton=begun)).json()["baton"]
+    await leader.service._end_streams()
+    assert rows(await post(door, execute("select 2"), baton=ended)) == [["2"]]
+
+
 async def test_a_cursor_abandoned_by_its_client_ends(leader: RealHost, door: httpx.AsyncClient) -> None:
     """Otherwise its read transaction would keep the -wal from restarting."""
     batch = {"steps": [{"stmt": {"sql": f"{series(300_000)} select value, zeroblob(1000) from series"}}]}

@@ -175,9 +175,8 @@ class NodeApp:
             version=version,
         )
         reply = await self._run(stream, call, self._service.pipeline)
-        has_state = not reply.autocommit or stream.has_state or _changes_connection(decoded.requests)
-        baton = self._streams.baton(stream, has_state=has_state) if reply.stream else None
-        self._streams.finish(stream, reply.stream, has_state=has_state)
+        stream.changed = stream.changed or _changes_connection(decoded.requests)
+        baton = self._streams.finish(stream, reply.stream, in_transaction=not reply.autocommit)
         data = json.pipeline_reply(baton, reply.results)
         headers = [
             (b"content-type", b"application/json"),
@@ -194,21 +193,22 @@ class NodeApp:
         stream = self._streams.begin(decoded.baton)
         call = Call(requests=[], stream=stream.service_stream, floor=floor, level=level, keep=True)
         reply = await self._run(stream, call, lambda call: self._service.cursor(call, decoded.batch))
-        # The head goes out before the batch has run, so its baton must assume what the batch may do.
-        changes = stream.has_state or _changes_connection([BatchRequest(decoded.batch)])
-        has_state = changes or _may_open(decoded.batch)
-        baton = self._streams.baton(stream, has_state=has_state) if reply.stream else None
+        # The head goes out before the batch has run, so its baton must assume what the batch may do. The client may
+        # use that baton at once, so the stream is free from here on; the service keeps its requests in order.
+        stream.changed = stream.changed or _changes_connection([BatchRequest(decoded.batch)])
+        may_be_open = stream.in_transaction or _may_open(decoded.batch)
+        baton = self._streams.finish(stream, reply.stream, in_transaction=may_be_open)
+        sequence = stream.sequence
         headers = [
             (b"content-type", http.CURSOR_TYPE.encode()),
             (b"walship-position", str(reply.position).encode()),
             self._served_by,
             *_CORS,
         ]
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await _stream_lines(json.cursor_head(baton), reply.lines, receive, send)
-        finally:
-            self._streams.finish(stream, reply.stream, has_state=changes or not reply.autocommit)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await _stream_lines(json.cursor_head(baton), reply.lines, receive, send)
+        if stream.sequence == sequence:
+            stream.in_transaction = not reply.autocommit
 
     async def _run(self, stream: Stream, call: Call, run: Callable[[Call], Awaitable[_R]]) -> _R:
         """Run the call on its stream; a stream that the service gave up while it held nothing is revived."""

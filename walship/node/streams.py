@@ -26,14 +26,20 @@ _U64: Final = (1 << 64) - 1
 class Stream:
     """One client stream. `service_stream` 0 = the service keeps nothing for it (yet).
 
-    `has_state`: a transaction is open or its connection was changed, so that it cannot be revived unnoticed.
+    `changed`: settings or TEMP objects were left on its connection, for as long as the stream lives.
     """
 
     id: int
     sequence: int
     service_stream: int = 0
-    has_state: bool = False
+    in_transaction: bool = False
+    changed: bool = False
     busy: bool = False
+
+    @property
+    def has_state(self) -> bool:
+        """Would something be lost if it were begun anew?"""
+        return self.in_transaction or self.changed
 
 
 class StreamTable:
@@ -65,29 +71,28 @@ class StreamTable:
         if stream.busy or stream.sequence != said.sequence:
             raise ProtocolViolation(ALREADY_USED)
         stream.busy = True
+        stream.sequence = (stream.sequence + 1) & _U64
         return stream
 
-    def baton(self, stream: Stream, *, has_state: bool) -> str:
-        """Move to the stream's next sequence and sign its baton; the earlier one is used up from here on."""
-        stream.sequence = (stream.sequence + 1) & _U64
-        stream.has_state = has_state
-        return sign(self._key, Baton(stream.id, stream.sequence, has_state))
+    def finish(self, stream: Stream, service_stream: int, *, in_transaction: bool) -> str | None:
+        """The stream may be used again; returns the baton for that. 0 as `service_stream` ends it, without a baton.
 
-    def finish(self, stream: Stream, service_stream: int, *, has_state: bool) -> None:
-        """The request is over; 0 as `service_stream` ends the stream."""
+        Call it before the client can see the answer: the next request may be there before the last byte is out.
+        """
         stream.busy = False
         stream.service_stream = service_stream
-        stream.has_state = has_state
-        if service_stream == 0:
-            self._streams.pop(stream.id, None)
-            return
-        # Moved to the end: the front of the dict is what was idle longest.
+        stream.in_transaction = in_transaction
         self._streams.pop(stream.id, None)
+        if service_stream == 0:
+            return None
+        # Put at the end: the front of the dict is what was idle longest.
         self._streams[stream.id] = stream
+        return sign(self._key, Baton(stream.id, stream.sequence, stream.has_state))
 
     def undo(self, stream: Stream) -> None:
         """Nothing happened: the same baton may be sent again. A stream that had none yet is forgotten."""
         stream.busy = False
+        stream.sequence = (stream.sequence - 1) & _U64
         if stream.service_stream == 0:
             self._streams.pop(stream.id, None)
 
