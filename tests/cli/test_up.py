@@ -107,6 +107,7 @@ def test_up_adopts_a_database_in_place_and_keeps_to_it(tmp_path: Path) -> None:
     with up(tmp_path / "data", str(path), "--followers", "1") as cluster:
         assert cluster.sql("SELECT x FROM t") == [["41"]]
         cluster.sql("INSERT INTO t VALUES (42)")
+        assert "is a walship node that serves it already" in refused(tmp_path / "second", str(path))
         assert cluster.node("leader")["database"] == str(path)
         assert f"{path} is now in WAL mode" in cluster.stop()
     with contextlib.closing(apsw.Connection(str(path))) as db:
@@ -116,9 +117,16 @@ def test_up_adopts_a_database_in_place_and_keeps_to_it(tmp_path: Path) -> None:
         (["--followers", "2"], "was founded with 1"),
         (["--ack", "0"], "was founded with --ack 1"),
     ):
-        command = [sys.executable, "-m", "walship", "up", *wrong, "--listen", "127.0.0.1:0", "--data"]
-        done = subprocess.run([*command, str(tmp_path / "data")], capture_output=True, text=True, check=False)
-        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+        assert words in refused(tmp_path / "data", *wrong)
+
+
+def refused(data: Path, *arguments: str) -> str:
+    """What an `up` that must not start says; asserts exit code 2."""
+    command = [sys.executable, "-m", "walship", "up", *arguments, "--listen", "127.0.0.1:0", "--data", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2, done
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 @pytest.mark.parametrize("role", ["follower", "leader"])
@@ -175,9 +183,6 @@ def test_a_node_that_cannot_start_ends_it_with_the_reason(tmp_path: Path) -> Non
     (data / "node1").rename(data / "aside")
     (data / "node2").rename(data / "node1")
     (data / "aside").rename(data / "node2")
-    command = [sys.executable, "-m", "walship", "up", "--listen", "127.0.0.1:0", "--data", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 2
-    assert "cannot start. Its last lines in" in done.stderr
-    assert "belongs to node" in done.stderr
-    assert "Traceback" not in done.stderr
+    said = refused(data)
+    assert "cannot start. Its last lines in" in said
+    assert "belongs to node" in said
