@@ -72,6 +72,7 @@ class FileStore:
         self._connection: apsw.Connection | None = None  # the thread's; opened by the first call
         self._wakers: set[asyncio.Event] = set()
         self._observer: BaseObserver | None = None
+        self._observing = asyncio.Lock()
         self._observed = False  # inotify was tried; it works or it does not
         self._closed = False
 
@@ -206,19 +207,22 @@ class FileStore:
 
     async def _observe(self) -> None:
         """Start inotify once; without it a watch still works, at the pace of the poll."""
-        if self._observed:
-            return
-        await self._run(lambda _db: None, "opening")  # creates the directory, so that it can be observed
-        self._observed = True
-        loop = asyncio.get_running_loop()
-        observer = Observer()
-        observer.schedule(_Handler(loop, self._wake, str(self._notice)), str(self._directory))
-        try:
-            observer.start()
-        except OSError as error:
-            log.warning("inotify is not available on %s (%s): changes are seen within a second", self._directory, error)
-            return
-        self._observer = observer
+        async with self._observing:  # several watches begin at once; a second observer would never be stopped
+            if self._observed or self._closed:
+                return
+            await self._run(lambda _db: None, "opening")  # creates the directory, so that it can be observed
+            self._observed = True
+            loop = asyncio.get_running_loop()
+            try:
+                observer = Observer()  # raises when the user's limit of inotify instances is reached
+                observer.schedule(_Handler(loop, self._wake, str(self._notice)), str(self._directory))
+                observer.start()
+            except OSError as error:
+                log.warning(
+                    "inotify is not available on %s (%s): changes are seen within a second", self._directory, error
+                )
+                return
+            self._observer = observer
 
     def _wake(self) -> None:
         for waker in self._wakers:
