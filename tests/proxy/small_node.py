@@ -233,7 +233,9 @@ class SmallNode:
 
     def _pipeline(self, request: Request) -> Reply:
         if request.verb is Verb.CLOSE_STREAM:
-            self._streams.pop(request.stream).connection.close()
+            gone = self._streams.pop(request.stream, None)
+            if gone is not None:
+                gone.connection.close()
             return Reply(request.id, b"", self.applied)
         requests = decode_pipeline(request.body, version=request.version).requests
         if self.role is not Role.LEADER and not request.flags & RequestFlags.READ_ONLY:
