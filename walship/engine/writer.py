@@ -28,7 +28,7 @@ import apsw
 from walship.engine import failpoints
 from walship.engine.acks import AckTracker
 from walship.engine.leader import Leader
-from walship.errors import Draining, OutcomeUnknown, Overloaded, WalshipError
+from walship.errors import CorruptWal, Draining, OutcomeUnknown, Overloaded, StorageFailed, WalshipError
 from walship.formats.position import Position
 
 __all__ = ["Done", "Turn", "Writer", "WriterLimits", "WriterStatistics"]
@@ -88,6 +88,14 @@ class _Job:
 
 
 @dataclass(slots=True, eq=False)
+class _Call:
+    """A function to run between two groups."""
+
+    run: Callable[[], Any]
+    future: asyncio.Future[Any]
+
+
+@dataclass(slots=True, eq=False)
 class _Group:
     """A group that is durable here and waits for acknowledgments."""
 
@@ -131,10 +139,14 @@ class Turn:
         done = await asyncio.shield(self.finished)
         return done.position
 
-    def _hold(self, limits: WriterLimits, *, waiting: Callable[[], bool]) -> None:
-        """Writer thread: wait until released, and call the turn in when it is over its limits (R21)."""
+    def _hold(self, limits: WriterLimits, *, waiting: Callable[[], bool], look: Callable[[], None]) -> None:
+        """Writer thread: wait until released, and call the turn in when it is over its limits (R21).
+
+        Meanwhile `look` finds commits of other programs, which readers may have seen already.
+        """
         start = time.monotonic()
-        while not self._released.wait(0.05 if waiting() else 0.5):
+        while not self._released.wait(min(0.05, limits.foreign_poll_seconds)):
+            look()
             now = time.monotonic()
             idle = self._busy == 0 and now - self._last_used > limits.turn_idle_seconds and waiting()
             if (idle or now - start > limits.turn_seconds) and not self.expired:
@@ -177,7 +189,7 @@ class Writer:
         self._limits = limits
         self._on_failure = on_failure
         self._clock = clock
-        self._queue: queue.SimpleQueue[_Job | Turn | Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | Turn | _Call | None] = queue.SimpleQueue()
         self._queued = 0
         self._unacked: deque[_Group] = deque()
         self._unacked_bytes = 0
@@ -185,7 +197,8 @@ class Writer:
         self._room = asyncio.Event()
         self._counters = _Counters()
         self._draining = False
-        self._alone: Turn | Callable[[], None] | None = None  # taken from the queue, not yet at its end
+        self._ended = False
+        self._alone: Turn | _Call | None = None  # taken from the queue, not yet at its end
         self.failed: BaseException | None = None
         self._stopped: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._main, name="walship-writer", daemon=True)
@@ -222,18 +235,12 @@ class Writer:
         return turn
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Run `function` in the writer thread between two groups (to pin a snapshot, to checkpoint)."""
+        """Run `function` in the writer thread between two groups (to pin a snapshot, to checkpoint).
+
+        Raises what it raised; Draining when the writer has stopped.
+        """
         future: asyncio.Future[T] = self.loop.create_future()
-
-        def call() -> None:
-            try:
-                value = function()
-            except WalshipError as error:
-                self.call_soon(_fail, future, error)
-            else:
-                self.call_soon(_resolve, future, value)
-
-        self._put(call)
+        self._put(_Call(function, future))
         return await future
 
     async def settle(self) -> Position:
@@ -275,8 +282,8 @@ class Writer:
 
     # --- on the loop ------------------------------------------------------------------------------------------
 
-    def _put(self, item: _Job | Turn | Callable[[], None]) -> None:
-        if self.failed is not None:
+    def _put(self, item: _Job | Turn | _Call) -> None:
+        if self._ended:
             raise Draining(f"the writer has stopped ({self.failed}). This request was not run; send it again later.")
         self._queued += 1
         self._queue.put(item)
@@ -379,7 +386,7 @@ class Writer:
     def _settle_waiters(self) -> None:
         waiting, self._counters.settling = self._counters.settling, []
         for ticket, future in waiting:
-            if self._counters.captures_done > ticket:
+            if self._counters.captures_done > ticket or self._leader.settled():
                 _resolve(future, None)
             else:
                 self._counters.settling.append((ticket, future))
@@ -397,19 +404,19 @@ class Writer:
                 _fail(self._alone.finished, unknown)
             else:
                 _fail(self._alone.granted, Draining(f"the node stopped ({error}). The transaction was not begun."))
+        elif self._alone is not None:
+            _fail(self._alone.future, Draining(f"the node stopped ({error})."))
+        self._ended = True
         if error is not None:
             self.failed = error
             self._on_failure(error)
-            while True:
-                try:
-                    item = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                refused = Draining(f"the node stopped ({error}). This request was not run; send it again later.")
-                if isinstance(item, _Job):
-                    _fail(item.future, refused)
-                elif isinstance(item, Turn):
-                    _fail(item.granted, refused)
+        refused = Draining(f"the node stopped ({error or 'as asked'}). This request was not run; send it again later.")
+        while not self._queue.empty():
+            item = self._queue.get_nowait()
+            if isinstance(item, Turn):
+                _fail(item.granted, refused)
+            elif item is not None:
+                _fail(item.future, refused)
         for _, future in self._counters.settling:
             _resolve(future, None)
         self._counters.settling.clear()
@@ -419,9 +426,10 @@ class Writer:
     # --- in the writer thread ---------------------------------------------------------------------------------
 
     def _main(self) -> None:
-        connection = self._leader.database.connect_writer()
+        connection: apsw.Connection | None = None
         running: list[_Job] = []
         try:
+            connection = self._leader.database.connect_writer()
             while self._step(connection, running):
                 running.clear()
         except BaseException as error:  # noqa: BLE001 - handed to the owner, who ends the process
@@ -430,7 +438,8 @@ class Writer:
         else:
             self.call_soon(self._end, None, [])
         finally:
-            connection.close(True)
+            if connection is not None:
+                connection.close(True)
 
     def _step(self, connection: apsw.Connection, running: list[_Job]) -> bool:
         """One group, one turn, or one look for foreign commits. False when the thread shall end."""
@@ -464,16 +473,27 @@ class Writer:
         self._finish(running, taken)
         return True
 
-    def _run_alone(self, item: Turn | Callable[[], None]) -> None:
+    def _run_alone(self, item: Turn | _Call) -> None:
         if not isinstance(item, Turn):
-            item()
+            self._call(item)
             self.call_soon(self._group_done, self._leader.tip.position, 0, [], 1)
             return
         self._counters.turns += 1
         self.call_soon(_resolve, item.granted, None)
-        item._hold(self._limits, waiting=lambda: not self._queue.empty())
+        item._hold(self._limits, waiting=lambda: not self._queue.empty(), look=lambda: self._finish([], 0))
         self._counters.turns_expired += item.expired
         self._finish([_Job(_nothing, item.finished, None)], 1)
+
+    def _call(self, call: _Call) -> None:
+        try:
+            value = call.run()
+        except BaseException as error:
+            self.call_soon(_fail, call.future, error)
+            # An fsync that failed inside it is as final as in a group; anything unforeseen is too.
+            if isinstance(error, (StorageFailed, CorruptWal)) or not isinstance(error, (WalshipError, apsw.Error)):
+                raise
+        else:
+            self.call_soon(_resolve, call.future, value)
 
     def _finish(self, jobs: list[_Job], taken: int) -> None:
         """Make the group durable and hand it to the loop."""
