@@ -26,7 +26,7 @@ from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
 from walship.formats.record import RECORD_HEADER_SIZE, RECORD_OVERHEAD
 from walship.replication.catchup import FromLog, FromSnapshot
-from walship.replication.hangup import abort, hang_up
+from walship.replication.hangup import abort, hang_up, send
 from walship.replication.holds import Holds
 from walship.replication.messages import (
     MAX_HISTORY,
@@ -191,7 +191,7 @@ class Feed:
         """Say goodbye and close. What is in the socket's buffer is still sent. Idempotent."""
         self.stopped_by_us = True
         if self._protocol.phase is not Phase.CLOSED:
-            self._writer.write(self._protocol.send_goodbye(Goodbye(reason, message)))
+            send(self._writer, self._protocol.send_goodbye(Goodbye(reason, message)))
         hang_up(self._writer)
         self._wake.set()
 
@@ -219,7 +219,7 @@ class Feed:
 
     async def run(self, reader: asyncio.StreamReader, answer: FromLog | FromSnapshot) -> None:
         """Serve until the connection ends. Raises an exception group; `Ended` in it is a clean end."""
-        self._writer.write(self._protocol.send_welcome(self._welcome(answer)) + self._heartbeat())
+        send(self._writer, self._protocol.send_welcome(self._welcome(answer)) + self._heartbeat())
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beat(), name=f"heartbeats to {self.hello.name}")
             group.create_task(self._ship(answer), name=f"frames to {self.hello.name}")
@@ -283,7 +283,7 @@ class Feed:
             if self._protocol.phase is Phase.CLOSED:
                 raise Ended("goodbye was said")
             if transport.get_write_buffer_size() <= _QUIET_BYTES:
-                self._writer.write(self._heartbeat())
+                send(self._writer, self._heartbeat())
 
     async def _ship(self, answer: FromLog | FromSnapshot) -> None:
         if isinstance(answer, FromSnapshot):
@@ -375,7 +375,7 @@ class Feed:
 
     async def _write(self, data: bytes) -> None:
         """Write, and wait until the socket's buffer has drained. Raises Unavailable when it does not move."""
-        self._writer.write(data)
+        send(self._writer, data)
         transport = self._writer.transport
         while True:
             before = transport.get_write_buffer_size()

@@ -28,7 +28,7 @@ from walship.replication.feed import (
     SnapshotStream,
     Source,
 )
-from walship.replication.hangup import LINGER_SECONDS, hang_up
+from walship.replication.hangup import LINGER_SECONDS, hang_up, send
 from walship.replication.holds import Holds
 from walship.replication.messages import GoodbyeReason, Hello, Refusal
 from walship.replication.protocol import LeaderProtocol
@@ -198,7 +198,7 @@ class Publisher:
         raise Ended("closed before a hello")
 
     async def _say_no(self, writer: asyncio.StreamWriter, protocol: LeaderProtocol, refusal: Refusal) -> None:
-        writer.write(protocol.send_refusal(refusal))
+        send(writer, protocol.send_refusal(refusal))
         async with asyncio.timeout(self._limits.hello_seconds):
             await writer.drain()
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from walship.errors import Fenced, HistoryMismatch, Refused, StorageFailed, Unavailable, WalshipError
 from walship.formats.frame import FrameHeader, SnapshotHeader
 from walship.formats.position import Position, Tip
+from walship.replication.hangup import send
 from walship.replication.messages import (
     PROTOCOL,
     Ack,
@@ -236,7 +237,7 @@ class Receiver:
         Raises StorageFailed, HistoryMismatch, Fenced, Refused, CorruptData, ProtocolViolation, Unavailable, OSError.
         """
         try:
-            self._writer.write(self._protocol.send_hello())
+            send(self._writer, self._protocol.send_hello())
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._acknowledge(), name="acks to the leader")
@@ -246,7 +247,7 @@ class Receiver:
                 raise _worst(errors) from None
         except asyncio.CancelledError:
             if self._protocol.phase is not Phase.CLOSED:
-                self._writer.write(self._protocol.send_goodbye(Goodbye(GoodbyeReason.STOPPING, "the follower stops")))
+                send(self._writer, self._protocol.send_goodbye(Goodbye(GoodbyeReason.STOPPING, "the follower stops")))
             raise
         finally:
             if self._in_frame:
@@ -350,7 +351,7 @@ class Receiver:
         await to_its_end(self._install(seed))
         durable, applied = await self._sink.progress(None)
         self._check_fence()
-        self._writer.write(self._protocol.send_installed(Ack(durable, applied, self._flags())))
+        send(self._writer, self._protocol.send_installed(Ack(durable, applied, self._flags())))
         self._installed.set()
 
     async def _install(self, seed: Seed) -> None:
@@ -385,7 +386,7 @@ class Receiver:
             return last
 
     async def _send(self, data: bytes) -> None:
-        self._writer.write(data)
+        send(self._writer, data)
         try:
             async with asyncio.timeout(self._limits.write_seconds):
                 await self._writer.drain()
