@@ -109,7 +109,7 @@ class Follower:
         self._needs_seed = replica is None
         self._broken: str | None = None  # why this copy must be replaced, found here and not yet told the subscriber
         self._behind_since: float | None = None
-        self._logged_bytes = self._applied_bytes = 0
+        self._logged_bytes = 0  # of log frames, since the present replayer was made
         self._intake: Intake | None = None
         self._replayer: Replayer | None = None
         watermarks.on_change(self._on_marks)
@@ -207,6 +207,15 @@ class Follower:
     def lag_seconds(self) -> float:
         return self.lag.seconds(self.watermarks.applied, self._clock())
 
+    def lag_bytes(self) -> int:
+        """Bytes of log frames that are logged here and not applied."""
+        applied = self._replayer.applied_bytes if self._replayer is not None else 0
+        return max(0, self._logged_bytes - applied)
+
+    def held_back_seconds(self) -> float:
+        """For how long readers have kept the -wal from being emptied; 0 when they do not."""
+        return self._replayer.held_back_seconds() if self._replayer is not None else 0.0
+
     def batches(self) -> int:
         """Commits made by applying, each of one or more frames."""
         return self._replayer.batches if self._replayer is not None else 0
@@ -226,7 +235,11 @@ class Follower:
 
     async def install(self, seed: SeedFile) -> None:
         """Verify `seed` and make it this node's state. The old one stands until then."""
-        await asyncio.to_thread(seed.finish)
+        try:
+            await asyncio.to_thread(seed.finish)
+        except BaseException:
+            seed.abort()
+            raise
         header = seed.header
         replica = self.replica
         await self.abandon()
@@ -265,6 +278,7 @@ class Follower:
         marks.publishing = tip
         marks.applied = tip
         marks.logged = tip
+        self._logged_bytes = 0
         self._replayer = Replayer(
             replica,
             marks,
@@ -300,15 +314,13 @@ class Follower:
         logged, applied = marks.logged, marks.applied
         if logged == applied or not self._applies_at_once:
             self._behind_since = None
-            self._applied_bytes = self._logged_bytes
             return logged
         now = self._clock()
         self._behind_since = self._behind_since or now
-        if applied != last and self._logged_bytes - self._applied_bytes <= _HELD_ACKS_BYTES:
+        lag_bytes = self.lag_bytes()
+        if applied != last and lag_bytes <= _HELD_ACKS_BYTES:
             self._behind_since = now  # it moves, and not far behind
-        held = (
-            self._logged_bytes - self._applied_bytes > _HELD_ACKS_BYTES or now - self._behind_since > _HELD_ACKS_SECONDS
-        )
+        held = lag_bytes > _HELD_ACKS_BYTES or now - self._behind_since > _HELD_ACKS_SECONDS
         return max(last or applied, applied, key=lambda p: (p.term, p.txid)) if held else logged
 
     def _on_marks(self) -> None:

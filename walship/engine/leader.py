@@ -83,6 +83,7 @@ class Leader:
     """One database while this node leads `term`. Not thread-safe: the writer thread owns it.
 
     on_frame: called in the writer thread with each frame once it may be shipped, and its bytes when they are small.
+    on_group: called in the writer thread after each group with its commits and the seconds of its fdatasync.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Leader:
         at: WalPoint | None,
         now_ms: Callable[[], int],
         on_frame: Callable[[FrameRef, bytes | None], None],
+        on_group: Callable[[int, float], None] = lambda _commits, _seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.database = database
@@ -111,6 +113,7 @@ class Leader:
         self._cluster = cluster
         self._now_ms = now_ms
         self._on_frame = on_frame
+        self._on_group = on_group
         self._clock = clock
         self._capture = Capture(database, at)
         self._checkpointer = database.connect_writer()
@@ -132,7 +135,9 @@ class Leader:
         if captured is None:
             return self.log.tip
         failpoints.reach("writer.committed")
+        started = self._clock()
         self.database.sync_wal()
+        sync_seconds = self._clock() - started
         failpoints.reach("writer.synced")
         self._begin_generation(captured)
         ref, data = log_captured(
@@ -153,6 +158,7 @@ class Leader:
         self._marks.appended(ref.size_bytes)
         self.watermarks.durable = tip.position
         self._on_frame(ref, data)
+        self._on_group(captured.commits, sync_seconds)
         if self._guard.on_file:
             self._guard.advance()
         return tip

@@ -64,6 +64,8 @@ class Replayer:
         self._stopping = False
         self.applied: Tip = replica.log.tip
         self.batches = 0
+        self.applied_bytes = 0  # of log frames, since this replayer was made
+        self._held_back_since: float | None = None
         self._thread = threading.Thread(target=self._main, name="walship-replayer", daemon=True)
 
     def start(self) -> None:
@@ -88,6 +90,11 @@ class Replayer:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+
+    def held_back_seconds(self) -> float:
+        """For how long readers have kept the -wal from being emptied; 0 when they do not. From any thread."""
+        since = self._held_back_since
+        return 0.0 if since is None else self._clock() - since
 
     @property
     def alive(self) -> bool:
@@ -173,7 +180,9 @@ class Replayer:
         self.applied = last.tip
         self.batches += 1
         self._watermarks.applied = last.position
-        self._replica.marks.appended(sum(ref.size_bytes for ref in refs))
+        size_bytes = sum(ref.size_bytes for ref in refs)
+        self.applied_bytes += size_bytes
+        self._replica.marks.appended(size_bytes)
         if self._replica.marks.due():
             self.mark()
 
@@ -192,3 +201,6 @@ class Replayer:
         if truncate(self._checkpointer, timeout_ms):
             self._policy.emptied()
             self._applier.accept_emptied()
+            self._held_back_since = None
+        else:
+            self._held_back_since = self._held_back_since or self._clock()

@@ -273,6 +273,7 @@ class Node:
             term=term,
             now_ms=now_ms,
             on_frame=self._on_frame,
+            on_group=self.report.observe_group,
         )
         start = TermStart(previous.position.term, previous.position.txid, previous.checksum)
         serving_record = await announce_leader(self._store, claim, start=start)

@@ -33,6 +33,7 @@ def promote(
     term: int,
     now_ms: Callable[[], int],
     on_frame: Callable[[FrameRef, bytes | None], None],
+    on_group: Callable[[int, float], None] = lambda _commits, _seconds: None,
 ) -> Leader:
     """Open `term` on a replica that is applied to the end of its log. The term was claimed in the store before.
 
@@ -96,6 +97,7 @@ def promote(
         at=at,
         now_ms=now_ms,
         on_frame=on_frame,
+        on_group=on_group,
     )
     _log.info("leading term=%d tip=%s", term, log.tip)
     return leader

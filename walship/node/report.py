@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prometheus_client import Counter
+
 from walship import __version__
 from walship.formats import link
 from walship.formats.position import Position
@@ -24,6 +26,7 @@ class Report:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.numbers = NodeMetrics()
+        self._counted: dict[Counter, int] = {}
 
     def unhealthy(self) -> str | None:
         return self._node.unready()
@@ -68,6 +71,11 @@ class Report:
         """The body of /metrics."""
         self._refresh()
         return self.numbers.render()
+
+    def observe_group(self, commits: int, sync_seconds: float) -> None:
+        """A group commit of the leader, in its writer thread."""
+        self.numbers.group_commits.observe(commits)
+        self.numbers.fdatasync_seconds.labels("wal").observe(sync_seconds)
 
     def link_status(self) -> link.Status:
         """What proxies route by. `in_flight` is filled in by the link server."""
@@ -179,6 +187,16 @@ class Report:
             metrics.position_txid.labels(name).set(getattr(marks, name).txid)
         metrics.lag_txids.set(self.lag_txids() or 0)
         metrics.lag_seconds.set(self.lag_seconds() or 0.0)
+        self._count_to(metrics.commits, self.applied().txid)
+        if node.leading is not None:
+            metrics.oldest_reader_seconds.set(node.leading.held_back_seconds())
+        if node.follower is not None:
+            metrics.oldest_reader_seconds.set(node.follower.held_back_seconds())
+            metrics.lag_bytes.set(node.follower.lag_bytes())
+        if node.subscriber is not None:
+            subscribed = node.subscriber.statistics()
+            self._count_to(metrics.history_mismatches, subscribed.mismatches)
+            self._count_to(metrics.reconnects, subscribed.connections)
         if node.replica is not None:
             metrics.log_bytes.set(node.replica.log.statistics().size_bytes)
             metrics.wal_bytes.set(node.replica.database.wal_size_bytes())
@@ -187,3 +205,10 @@ class Report:
             metrics.followers.set(len(followers))
             for each in followers:
                 metrics.follower_lag_txids.labels(each.name).set(each.lag_txids)
+
+    def _count_to(self, counter: Counter, value: int) -> None:
+        """Move a counter to what its source counts; the first value seen is where this process began."""
+        before = self._counted.setdefault(counter, value if counter is self.numbers.commits else 0)
+        if value > before:
+            counter.inc(value - before)
+            self._counted[counter] = value
