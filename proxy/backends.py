@@ -120,7 +120,8 @@ class Backend:
         if position.term == self._applied.term and position.txid > self._applied.txid:
             self._applied = position
 
-    def take_status(self, status: Status) -> None:
+    def take_status(self, status: Status) -> bool:
+        """Take a status; True when it changes what may be decided, so that whoever waits should look again."""
         previous, self.status = self.status, status
         self._serving = StatusFlags.SERVING in status.flags and StatusFlags.DRAINING not in status.flags
         if previous is None or previous.role is not status.role:
@@ -128,6 +129,12 @@ class Backend:
         applied = status.applied
         if applied.term != self._applied.term or applied.txid > self._applied.txid:
             self._applied = applied
+        return previous is None or (previous.role, previous.term, previous.flags, previous.applied) != (
+            status.role,
+            status.term,
+            status.flags,
+            applied,
+        )
 
     def forget_connection(self) -> None:
         self.connection, self.status, self._applied, self._serving = None, None, NO_POSITION, False
@@ -256,11 +263,12 @@ class Backends:
         generation = backend.generation
 
         def on_status(status: Status) -> None:
-            backend.take_status(status)
+            news = backend.take_status(status)
             self._floors.learn(status)
             if not self._floors.ready:
                 self._start_without_leader()
-            self._notify()
+            if news:
+                self._notify()
 
         def on_end(reason: str) -> None:
             if not ended.done():

@@ -67,6 +67,9 @@ PINNED_WAIT_MS = 5000
 RETRY_SECONDS = 0.05
 """How long to wait for news when every node has refused, before all are asked again."""
 
+LOOK_SECONDS = 0.25
+"""How often to look again without news: room on a link, and a node heard of again, are not announced."""
+
 _LEVELS = {level: ReadLevel[level.name] for level in Level}
 
 # Refusals after which another attempt is right: nothing ran, and things may be different elsewhere or a moment later.
@@ -339,7 +342,7 @@ class _Attempts(Generic[A]):
         left = self._until - self._loop.time()
         if left <= 0:
             self._give_up()
-        await self._owner.backends.changed(min(left, RETRY_SECONDS) if self._tried else left)
+        await self._owner.backends.changed(min(left, RETRY_SECONDS if self._tried else LOOK_SECONDS))
         self._tried.clear()
         self._may_wait = True
 

@@ -35,6 +35,9 @@ log = logging.getLogger("walship.proxy.front")
 
 Headers = list[tuple[bytes, bytes]]
 
+MAX_ACTIVE = 4096
+"""Requests in the proxy at once, those that wait for a leader included; beyond it nothing is begun."""
+
 CORS: Headers = [
     (b"access-control-allow-origin", b"*"),
     (b"access-control-expose-headers", b"walship-position, walship-served-by"),
@@ -57,6 +60,7 @@ class Front:
         self.orphaned_pins: deque[Pin] = deque()  # node streams nobody can reach any more; the sweeper closes them
         self._streams, self._dispatcher, self._metrics, self._known = streams, dispatcher, metrics, known
         self._body_max_bytes = body_max_bytes
+        self._active = 0
         self._measured: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._reads: dict[str, Counter] = {}
         self._clock = asyncio.get_running_loop().time
@@ -66,7 +70,12 @@ class Front:
         endpoint = ENDPOINTS[scope["path"]]
         started = self._clock()
         kind = outcome = "unknown"
+        self._active += 1
         try:
+            if self._active > MAX_ACTIVE:
+                raise Overloaded(
+                    f"{MAX_ACTIVE} requests are under way in this proxy; this one was not begun. Try again"
+                )
             body = await self._read_body(scope, receive)
             if body is None:
                 await _respond_failure(send, body_too_large(self._body_max_bytes))
@@ -82,6 +91,7 @@ class Front:
         except _ClientGone:
             outcome = "client gone"
         finally:
+            self._active -= 1
             counter, seconds = self._measures(kind, outcome)
             counter.inc()
             seconds.observe(self._clock() - started)
