@@ -252,7 +252,7 @@ async def test_a_stream_whose_transaction_ended_is_revived(leader: RealHost, doo
 
 async def test_a_cursor_abandoned_by_its_client_ends(leader: RealHost, door: httpx.AsyncClient) -> None:
     """Otherwise its read transaction would keep the -wal from restarting."""
-    batch = {"steps": [{"stmt": {"sql": f"{series(300_000)} select value, zeroblob(1000) from series"}}]}
+    batch = {"steps": [{"stmt": {"sql": f"{series(10**9)} select value, zeroblob(1000) from series"}}]}
     async with door.stream("POST", "/v3/cursor", json={"batch": batch}) as response:
         async for _ in response.aiter_bytes():
             break

@@ -178,6 +178,22 @@ async def test_leaving_waits_for_handlers_that_end_and_cancels_the_others() -> N
         writer.close()
 
 
+async def test_an_upgraded_connection_is_not_uvicorns_to_wait_for() -> None:
+    """Its handler ends when it is told; uvicorn, which never hears of the end, would wait out the deadline."""
+    told = asyncio.Event()
+
+    async def ends(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await told.wait()
+
+    async with asyncio.timeout(5):
+        async with serving(hello, bind("127.0.0.1", 0), upgrades={"/walship/link": ends}, drain_seconds=30) as address:
+            reader, writer = await connect(address)
+            writer.write(UPGRADE)
+            await read_head(reader)
+            told.set()
+    writer.close()
+
+
 async def test_leaving_lets_a_running_request_finish() -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
