@@ -427,3 +427,29 @@ async def test_a_port_in_use_is_one_clear_sentence(tmp_path: Path) -> None:
         port = listener.getsockname()[1]
         with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{port}"):
             await run(ProxyConfig(cluster_url=f"file://{tmp_path / 'store'}", listen_port=port))
+
+
+async def test_a_client_that_leaves_its_cursor_holds_up_nobody(start: Start) -> None:
+    """The rest is read and dropped; the link and the node go on."""
+    cluster = await start(followers=1)
+    sql = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 90000) SELECT n, 'some text' FROM c"
+    body = {"baton": None, "batch": {"steps": [{"stmt": {"sql": sql}}]}}
+    async with cluster.client.http.stream("POST", "/v3/cursor", json=body) as response:
+        await anext(response.aiter_lines())
+    backend = cluster.proxy.backends.get("follower1")
+    assert backend is not None
+    assert await cluster.client.run("SELECT 1") == [[1]]
+    await eventually(lambda: backend.connection is not None and backend.connection.in_flight == 0)
+
+
+async def test_a_read_only_transaction_runs_on_a_follower(start: Start) -> None:
+    """R21: READONLY goes to a follower, whole or step by step."""
+    cluster = await start()
+    await table(cluster)
+    await cluster.client.run("INSERT INTO t VALUES (1, 'one')")
+    steps = [{"stmt": {"sql": sql}} for sql in ("BEGIN TRANSACTION READONLY", "SELECT v FROM t", "COMMIT")]
+    response = await cluster.client.post([{"type": "batch", "batch": {"steps": steps}}, CLOSE])
+    assert response.headers["walship-served-by"].startswith("follower")
+    result = response.json()["results"][0]["response"]["result"]
+    assert result["step_errors"] == [None, None, None]
+    assert result["step_results"][1]["rows"] == [[{"type": "text", "value": "one"}]]
