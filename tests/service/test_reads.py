@@ -313,3 +313,38 @@ async def test_linearizable_reads_are_refused_on_a_follower(bench: Bench) -> Non
         with pytest.raises(Behind):
             await follower.rows("SELECT 1", level=Level.LINEARIZABLE)
     assert await bench.rows("SELECT 1", level=Level.LINEARIZABLE) == [[1]]
+
+
+async def test_no_read_leaves_its_snapshot_behind(bench: Bench) -> None:
+    """A statement given up between two rows must not keep the shared connection's snapshot for later reads."""
+    await bench.run("CREATE TABLE t (a)")
+    some = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 800) "
+    given_up = [
+        some + "SELECT i, hex(zeroblob(100)), (SELECT count(*) FROM t) FROM n",  # too large for one chunk
+        some + "SELECT CAST(x'ff' AS TEXT), (SELECT count(*) FROM t) FROM n",  # fails when fetched
+        some + "SELECT 9e999, (SELECT count(*) FROM t) FROM n",  # fails when encoded
+    ]
+    for number, sql in enumerate(given_up):
+        reply = await bench.service.cursor(Call([]), steps_of(sql))
+        await bench.run("INSERT INTO t VALUES (?)", number)
+        assert await bench.rows("SELECT count(*) FROM t") == [[number * 2 + 1]]
+        await bench.run(sql)
+        await bench.run("INSERT INTO t VALUES (?)", number)
+        assert await bench.rows("SELECT count(*) FROM t") == [[number * 2 + 2]]
+        await reply.lines.aclose()  # type: ignore[attr-defined]
+
+
+async def test_cursor_stopped_early_leaves_no_snapshot_on_the_connection(tmp_path: Path) -> None:
+    async with leading(tmp_path / "n", Limits(stream_threads=1)) as bench:
+        await bench.run("CREATE TABLE t (a)")
+        reply = await bench.service.cursor(Call([]), steps_of(WIDE + ", (SELECT count(*) FROM t)"))
+        await anext(reply.lines)
+        await reply.lines.aclose()  # type: ignore[attr-defined]
+        del reply
+        for count in (1, 2):
+            await bench.run("INSERT INTO t VALUES (1)")
+            again = await bench.service.cursor(
+                Call([]), steps_of(WIDE.replace("hex(", "(SELECT count(*) FROM t), hex("))
+            )
+            assert f'"value":"{count}"}},{{"type":"text"'.encode() in await anext(again.lines)
+            await again.lines.aclose()  # type: ignore[attr-defined]

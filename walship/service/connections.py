@@ -79,14 +79,16 @@ class Connections:
             self.in_use -= 1
             raise
 
-    def give_back(self, lane: Lane, *, clean: bool) -> None:
+    def give_back(self, lane: Lane, *, clean: bool, first: Callable[[], None] | None = None) -> None:
         """Return a lane. Not clean (PRAGMA, TEMP objects, doubts): it is closed. An open transaction rolls back.
 
-        Does not wait; the tidying happens in the pool, behind whatever still runs on the lane.
+        Does not wait; the tidying happens in the pool, behind whatever still runs on the lane. `first` is called
+        there before anything else: to close a generator that is stopped between two rows.
         """
         self.in_use -= 1
         shelf = self._idle[lane.writer]
-        self._threads.submit(_tidy, lane, shelf if clean and len(shelf) < self._limits.idle_connections else None)
+        keep = clean and len(shelf) < self._limits.idle_connections
+        self._threads.submit(_tidy, lane, shelf if keep else None, first)
 
     def close(self) -> None:
         """Close the shelved lanes and end the threads; lanes still in use must have been given back."""
@@ -106,11 +108,13 @@ class Connections:
             raise
 
 
-def _tidy(lane: Lane, shelf: list[Lane] | None) -> None:
+def _tidy(lane: Lane, shelf: list[Lane] | None, first: Callable[[], None] | None) -> None:
     if lane.running is not None:
         wait((lane.running,))
         lane.running = None
     try:
+        if first is not None:
+            first()
         if shelf is not None:
             if not lane.connection.get_autocommit():
                 lane.connection.execute("ROLLBACK")

@@ -33,7 +33,7 @@ class LaneCursor:
         self._lane = lane
         self._on_close = on_close
         self._clock = clock
-        self._chunks: Lines
+        self._chunks: Lines | None = None
         self._first: bytes | Need | None = None
         self._closed = False
         self.used_at = clock()
@@ -51,7 +51,7 @@ class LaneCursor:
             position = seen()
             executor.start(counters, virtual=True)
             self._chunks = executor.lines(batch)
-            self._first = next(self._chunks, None)
+            self._first = self._next()
             return position
 
         position = await self._connections.run(self._lane, start)
@@ -76,7 +76,7 @@ class LaneCursor:
                 if self._closed:
                     yield hrana.cursor_error(ErrorBody("The cursor has expired due to inactivity", "STREAM_EXPIRED"))
                     return
-                chunk = await self._connections.run(self._lane, lambda: next(self._chunks, None))
+                chunk = await self._connections.run(self._lane, self._next)
         finally:
             self.close()
 
@@ -85,5 +85,12 @@ class LaneCursor:
         if self._closed:
             return
         self._closed = True
-        self._connections.give_back(self._lane, clean=True)
+        self._connections.give_back(self._lane, clean=True, first=self._stop)
         self._on_close(self)
+
+    def _next(self) -> bytes | Need | None:
+        return None if self._chunks is None else next(self._chunks, None)
+
+    def _stop(self) -> None:
+        if self._chunks is not None:
+            self._chunks.close()

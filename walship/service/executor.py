@@ -17,6 +17,7 @@ statement that names them itself gets its stream's value; a trigger that names t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -219,15 +220,15 @@ class Executor:
                     yield Need.WRITE
                     self._open(step.stmt)
                 pending += hrana.step_begin(number, self._encoded_columns())
-                for rows in self._rows(step.stmt):
-                    try:
+                try:
+                    for rows in self._rows(step.stmt):
                         pending += hrana.row_entries(rows)
-                    except StatementFailed:
-                        self._abandon()
-                        raise
-                    if len(pending) >= self._limits.chunk_bytes:
-                        yield bytes(pending)
-                        pending.clear()
+                        if len(pending) >= self._limits.chunk_bytes:
+                            yield bytes(pending)
+                            pending.clear()
+                except (Exception, GeneratorExit):
+                    self._abandon()
+                    raise
                 affected, rowid = self._close()
                 pending += hrana.step_end(affected, rowid)
                 outcomes.append(Outcome.OK)
@@ -250,21 +251,16 @@ class Executor:
         pieces: list[bytes] = []
         size = len(columns)
         count = 0
-        for rows in self._rows(stmt):
-            try:
+        try:
+            for rows in self._rows(stmt):
                 piece = hrana.encode_rows(rows)
                 size += len(piece)
-                if size > self._limits.response_bytes or self._spent_bytes + size > 3 * self._limits.response_bytes:
-                    raise StatementFailed(
-                        f"The response is too large: one statement may return {self._limits.response_bytes} bytes, "
-                        "one request three times that. Ask for fewer rows at a time, or use a cursor",
-                        "RESPONSE_TOO_LARGE",
-                    )
-            except StatementFailed:
-                self._abandon()
-                raise
-            pieces.append(piece)
-            count += len(rows)
+                self._check_size(size)
+                pieces.append(piece)
+                count += len(rows)
+        except Exception:
+            self._abandon()
+            raise
         self._spent_bytes += size
         affected, rowid = self._close()
         encoded = pieces[0] if len(pieces) == 1 else b"[%b]" % b",".join([piece[1:-1] for piece in pieces])
@@ -277,6 +273,15 @@ class Executor:
             rows_written=affected,
             query_duration_ms=(time.perf_counter() - started) * 1000,
         )
+
+    def _check_size(self, size_bytes: int) -> None:
+        limit = self._limits.response_bytes
+        if size_bytes > limit or self._spent_bytes + size_bytes > 3 * limit:
+            raise StatementFailed(
+                f"The response is too large: one statement may return {limit} bytes, one request three times that. "
+                "Ask for fewer rows at a time, or use a cursor",
+                "RESPONSE_TOO_LARGE",
+            )
 
     def _open(self, stmt: Stmt) -> None:
         """Prepare, bind, and step up to the first row."""
@@ -366,18 +371,17 @@ class Executor:
         return affected, rowid
 
     def _abandon(self) -> None:
-        """End a statement whose result cannot be delivered.
+        """End a statement between two rows, since its result cannot be delivered, or nobody wants it.
 
-        In autocommit its writes are undone: an interrupted statement is rolled back, a reset one is committed. Inside
-        a transaction an interrupt would roll the whole transaction back, so there the writes stay, as those of any
+        It must not stay open: it would keep its snapshot for whatever runs on this connection next. In autocommit
+        the writes of such a statement are undone: interrupted, it is rolled back; only reset, it would be committed.
+        Inside a transaction an interrupt would roll all of it back, so there its writes stay, as those of any
         statement whose rows the client did not like.
         """
         if not self._readonly and self.connection.get_autocommit():
             self.connection.interrupt()
-            try:
+            with contextlib.suppress(apsw.InterruptError):
                 deque(self._cursor, maxlen=0)
-            except apsw.InterruptError:
-                return
         self._cursor.close(True)
         self._cursor = self.connection.cursor()
         self._cursor.exec_trace = self._before_step

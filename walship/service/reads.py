@@ -206,6 +206,8 @@ class Reads:
                 settled = self._run_batch(members, lo)
             finally:
                 self._connection.execute("COMMIT")
+            if self._connection.txn_state() != apsw.SQLITE_TXN_NONE:
+                raise AssertionError("a read of this batch was left open, and keeps the snapshot")
         except BaseException as error:
             for member in members:
                 _settle(member, error)

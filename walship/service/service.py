@@ -462,7 +462,7 @@ class Service:
             while (chunk := await session.chunk(lines)) is not None:
                 size += len(chunk)
                 if size > 3 * self._limits.response_bytes:
-                    lines.close()
+                    await session.stop_lines()
                     error = ErrorBody("The response is too large; ask for fewer rows at a time", "RESPONSE_TOO_LARGE")
                     chunks.append(hrana.cursor_error(error))
                     break

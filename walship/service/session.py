@@ -84,6 +84,7 @@ class Session:
     closed: bool = False
     expired: bool = False
     calls: int = 0
+    _lines: Lines | None = None
     _running: bool = False
     _read_only: bool = False
 
@@ -123,11 +124,18 @@ class Session:
 
     def lines(self, batch: Batch) -> Lines:
         """The cursor entries of a batch, to be pulled with `chunk`."""
-        return self._lane.executor.lines(batch)
+        self._lines = self._lane.executor.lines(batch)
+        return self._lines
 
     async def chunk(self, lines: Lines) -> bytes | None:
         """The next chunk of a cursor on this stream, or None at its end."""
         return await self._drive(lambda: next(lines, None))
+
+    async def stop_lines(self) -> None:
+        """Give up a cursor between two rows; the stream and its transaction go on."""
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            await self.connections.run(self._lane, lines.close)
 
     async def settle(self) -> Position | None:
         """After a request: read off the state; give the turn back unless a transaction needs it.
@@ -159,7 +167,8 @@ class Session:
             self.state = State.AUTOCOMMIT
             if lane is not None:
                 lane.executor.may_write = False
-                self.connections.give_back(lane, clean=not self.dirty)
+                lines, self._lines = self._lines, None
+                self.connections.give_back(lane, clean=not self.dirty, first=None if lines is None else lines.close)
             self.dirty = False
 
     # --- running ------------------------------------------------------------------------------------------------
