@@ -1,4 +1,4 @@
-"""The writer: groups that share one fdatasync, turns in the order they were asked for, answers only when they are true."""
+"""The writer: groups that share one fdatasync, turns first come first served, answers only when they are true."""
 
 from __future__ import annotations
 

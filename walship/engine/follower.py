@@ -12,6 +12,7 @@ applying waits until the leader's acknowledged position covers the frame, so tha
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from walship.engine.replayer import Replayer
 from walship.engine.replica import Replica
 from walship.engine.seed import SeedFile, complete_install, finish_install
 from walship.engine.watermarks import Watermarks
-from walship.errors import CorruptData, HistoryMismatch, StorageFailed
+from walship.errors import CorruptData, HistoryMismatch, StorageFailed, Unavailable
 from walship.formats.frame import FrameHeader, SnapshotHeader
 from walship.formats.position import Position, Tip
 
@@ -54,6 +55,9 @@ class LagMeter:
 
     def heard(self, tip: Position, now: float) -> None:
         if not self._heard or (tip.term, tip.txid) > (self._heard[-1][0].term, self._heard[-1][0].txid):
+            if len(self._heard) == self._heard.maxlen:
+                # Every second one goes, never the oldest: the answer stays about right however long it takes.
+                self._heard = deque(itertools.islice(self._heard, 0, None, 2), maxlen=self._heard.maxlen)
             self._heard.append((tip, now))
 
     def seconds(self, applied: Position, now: float) -> float:
@@ -108,13 +112,16 @@ class Follower:
         self._progressed = asyncio.Event()
         self._needs_seed = replica is None
         self._broken: str | None = None  # why this copy must be replaced, found here and not yet told the subscriber
-        self._behind_since: float | None = None
+        self._unapplied = LagMeter.new()
+        self._behind = False
         self._logged_bytes = 0  # of log frames, since the present replayer was made
         self._intake: Intake | None = None
         self._replayer: Replayer | None = None
         watermarks.on_change(self._on_marks)
         if replica is not None:
             self._start(replica)
+            if replica.differing:
+                self.replace(f"{len(replica.differing)} pages of the file are not what the log's history gives")
 
     # --- Sink: what the subscriber asks -----------------------------------------------------------------------
 
@@ -170,12 +177,19 @@ class Follower:
             self._progressed.clear()
             # A held-back acknowledgment is looked at again though no mark moves.
             try:
-                async with asyncio.timeout(0.05 if self._behind_since is not None else None):
+                async with asyncio.timeout(0.05 if self._behind else None):
                     await self._progressed.wait()
             except TimeoutError:
                 continue
 
     async def seed(self, header: SnapshotHeader) -> FollowerSeed:
+        """Raises HistoryMismatch when the snapshot would take back what this voter acknowledged (R9)."""
+        logged, offered = self.watermarks.logged, header.position
+        if self.voter and (offered.term, offered.txid) < (logged.term, logged.txid):
+            raise HistoryMismatch(
+                f"a snapshot at {offered} was offered, but this voter has acknowledged everything up to {logged}. "
+                "It was not taken; the log is kept."
+            )
         self._broken = None
         return await asyncio.to_thread(FollowerSeed, self, SeedFile, self._directory, header)
 
@@ -279,6 +293,7 @@ class Follower:
         marks.applied = tip
         marks.logged = tip
         self._logged_bytes = 0
+        self._unapplied = LagMeter.new()
         self._replayer = Replayer(
             replica,
             marks,
@@ -310,18 +325,17 @@ class Follower:
 
     def _acknowledged(self, last: Position | None) -> Position:
         """What may be acknowledged now: everything logged, unless applying lags too far (R13)."""
-        marks = self.watermarks
+        marks, now = self.watermarks, self._clock()
         logged, applied = marks.logged, marks.applied
-        if logged == applied or not self._applies_at_once:
-            self._behind_since = None
+        # What still waits for acknowledgments of others (R15) is no lag of this node's own; holding back for it would
+        # be a deadlock.
+        self._unapplied.heard(self._bound(), now)
+        behind_seconds = self._unapplied.seconds(applied, now)
+        self._behind = behind_seconds > 0
+        behind_bytes = self.lag_bytes() if self._applies_at_once else 0
+        if behind_seconds <= _HELD_ACKS_SECONDS and behind_bytes <= _HELD_ACKS_BYTES:
             return logged
-        now = self._clock()
-        self._behind_since = self._behind_since or now
-        lag_bytes = self.lag_bytes()
-        if applied != last and lag_bytes <= _HELD_ACKS_BYTES:
-            self._behind_since = now  # it moves, and not far behind
-        held = lag_bytes > _HELD_ACKS_BYTES or now - self._behind_since > _HELD_ACKS_SECONDS
-        return max(last or applied, applied, key=lambda p: (p.term, p.txid)) if held else logged
+        return max(last or applied, applied, key=lambda p: (p.term, p.txid))
 
     def _on_marks(self) -> None:
         self._progressed.set()
@@ -339,7 +353,7 @@ class Follower:
     async def _revive(self, replica: Replica) -> None:
         """A replayer that ended in a mismatch is gone: start one that is idle, to install a seed in its thread."""
         replayer = self._replayer
-        if replayer is not None and replayer.alive:
+        if replayer is not None and not replayer.ended:
             return
         at = self.watermarks.applied
         self._replayer = Replayer(replica, self.watermarks, bound=lambda: at, on_failure=self._on_failure)
@@ -370,7 +384,11 @@ class Follower:
             marks.publishing = shown
 
         replayer.applier.adopt()
-        replayer.applier.apply(seed.batch(), sync=True, publishing=publishing)
+        try:
+            replayer.applier.apply(seed.batch(), sync=True, publishing=publishing)
+        except Unavailable:
+            self._state.update(installing=None)  # nothing was published: the old state stands
+            raise
         replica.checksums = seed.checksums
         replica.log.reset(tip, self.watermarks.history)
         complete_install(self._state, self._marks, tip, seed.checksums)

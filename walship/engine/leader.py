@@ -264,13 +264,15 @@ class Leader:
         raise Unavailable("foreign writers left no moment to pin a snapshot; nothing was sent, ask again")
 
     def close(self) -> None:
-        """Stop leading: log everything, make `next_base` durable, then empty the -wal (R7) and let go."""
-        self.commit_group()
-        tip = self.log.sync()
-        self._state.update(next_base=tip.position.txid)
+        """Stop leading: log everything, copy it back, make `next_base` durable, then empty the -wal (R7) and let go.
+
+        While a reader keeps frames from being copied back the -wal stays, and a restart counts it from `base`.
+        """
+        done = self.checkpoint()
+        self._marks.save(self.log.sync(), self._checksums)
         self._guard.close()
-        truncate(self._checkpointer, 100)
-        self._marks.save(tip, self._checksums)
+        if done:
+            truncate(self._checkpointer, 100)  # nothing is copied any more, so the file keeps its stamp
         self._checkpointer.close(True)
 
     def abandon(self) -> None:

@@ -20,7 +20,7 @@ from walship.engine.log import FrameRef
 from walship.engine.replay import merge_frames
 from walship.engine.replica import Replica
 from walship.engine.watermarks import Watermarks
-from walship.errors import CorruptDatabase
+from walship.errors import CorruptDatabase, Draining, Unavailable
 from walship.formats.checksum import page_checksum
 from walship.formats.position import Position, Tip
 from walship.formats.wal import FRAME_HEADER_SIZE
@@ -62,6 +62,8 @@ class Replayer:
         self._changed = threading.Condition()
         self._woken = True
         self._stopping = False
+        self._ended: BaseException | None = None
+        self._blocked = False
         self.applied: Tip = replica.log.tip
         self.batches = 0
         self.applied_bytes = 0  # of log frames, since this replayer was made
@@ -78,10 +80,14 @@ class Replayer:
             self._changed.notify()
 
     def run(self, function: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
-        """Run `function` in the thread, between two batches; `done` gets its value or error, in the thread."""
+        """Run `function` in the thread, between two batches; `done` gets its value or error, in some thread."""
         with self._changed:
-            self._tasks.append((function, done))
-            self._changed.notify()
+            ended = self._ended
+            if ended is None:
+                self._tasks.append((function, done))
+                self._changed.notify()
+        if ended is not None:
+            done(None, ended)
 
     def stop(self) -> None:
         """Apply nothing more, save a mark, end the thread. Blocks until it has ended; idempotent."""
@@ -97,8 +103,9 @@ class Replayer:
         return 0.0 if since is None else self._clock() - since
 
     @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def ended(self) -> bool:
+        """True once it applies nothing any more, because it failed or was stopped."""
+        return self._ended is not None
 
     @property
     def applier(self) -> Applier:
@@ -122,9 +129,20 @@ class Replayer:
             self.mark()
         except BaseException as error:  # noqa: BLE001 - handed to the owner, who decides between re-seed and exit
             _log.error("replayer failed at=%s error=%s", self.applied.position, error)
+            self._end(error)
             self._on_failure(error)
+        else:
+            self._end(Draining("this node no longer applies frames: it is shutting down. Nothing was run."))
         finally:
             self._checkpointer.close(True)
+
+    def _end(self, error: BaseException) -> None:
+        """Nothing is run from here on: whoever waits for a task, or brings one later, gets `error`."""
+        with self._changed:
+            self._ended = error
+            tasks, self._tasks = self._tasks, deque()
+        for _, done in tasks:
+            done(None, error)
 
     def _turn(self) -> bool:
         with self._changed:
@@ -141,9 +159,19 @@ class Replayer:
                 done(None, error)
             else:
                 done(value, None)
-        while not self._stopping and (refs := self._next_frames()):
-            self._apply(refs)
+        while not (self._stopping or self._tasks) and (refs := self._next_frames()):
+            try:
+                self._apply(refs)
+            except Unavailable as error:
+                # Nothing was published. Somebody's checkpoint may hold WRITE while it waits for readers: try again.
+                if not self._blocked:
+                    _log.warning("applying waits at=%s reason=%s", self.applied.position, error)
+                self._blocked = self._woken = True
+                return True
+            self._blocked = False
             self._checkpoint()
+        if self._tasks:
+            self._woken = True  # what is left to apply comes after them
         return True
 
     def _next_frames(self) -> list[FrameRef]:
@@ -167,7 +195,7 @@ class Replayer:
                 self._watermarks.add_term(ref.header.term, ref.header.previous.txid)
         if batch is not None:
             sums = {pgno: page_checksum(pgno, page) for pgno, page in zip(batch.pgnos, batch.pages(), strict=True)}
-            rolling = self._replica.checksums.set_many(sums, batch.commit)
+            rolling = self._replica.checksums.preview_many(sums, batch.commit)
             if rolling != last.checksum:
                 raise CorruptDatabase(
                     f"applying up to {last.position} would give checksum {rolling:016x}, the leader has "
@@ -177,6 +205,8 @@ class Replayer:
             self._applier.apply(batch, sync=False, publishing=lambda: self._publishing(last.position))
         else:
             self._publishing(last.position)
+        if batch is not None:
+            self._replica.checksums.set_many(sums, batch.commit)
         self.applied = last.tip
         self.batches += 1
         self._watermarks.applied = last.position

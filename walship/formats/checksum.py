@@ -102,6 +102,10 @@ class PageChecksums:
         self._xor = after
         return FLAG | after
 
+    def preview_many(self, checksums: Mapping[int, int], commit: int) -> int:
+        """What `set_many` would return, changing nothing."""
+        return FLAG | self._xor_after(checksums, commit)
+
     def copy(self) -> PageChecksums:
         """An independent copy of this state."""
         twin = PageChecksums(self.page_size)
