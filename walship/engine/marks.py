@@ -18,17 +18,22 @@ from walship.errors import CorruptData, StorageFailed
 from walship.formats.checksum import PageChecksums
 from walship.formats.position import Tip
 
-__all__ = ["Marks"]
+__all__ = ["EVERY_BYTES", "Marks"]
 
-_EVERY_BYTES = 64 << 20  # log bytes between marks: what a restart replays at most, about a second's work
+EVERY_BYTES = 64 << 20  # log bytes between marks: what a restart replays at most, about a second's work
 
 
 class Marks:
-    """The mark of one node: `save` it, `load` it at start. Used from one thread at a time."""
+    """The mark of one node: `save` it, `load` it at start. Used from one thread at a time.
 
-    def __init__(self, directory: Path, state: StateFile) -> None:
+    every_bytes: a mark is due after so much log. A restart needs the log from the mark on, so this is also how much is
+    kept in any case: it must be well below the log's own bound.
+    """
+
+    def __init__(self, directory: Path, state: StateFile, *, every_bytes: int = EVERY_BYTES) -> None:
         self._directory = directory
         self._state = state
+        self._every_bytes = every_bytes
         self._bytes_since = 0
         self._pin: Pin | None = None
 
@@ -51,7 +56,7 @@ class Marks:
         self._bytes_since += size_bytes
 
     def due(self) -> bool:
-        return self._bytes_since >= _EVERY_BYTES
+        return self._bytes_since >= self._every_bytes
 
     def save_if_due(self, tip: Tip, checksums: PageChecksums) -> None:
         if self.due():

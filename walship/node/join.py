@@ -18,7 +18,7 @@ from walship.coordination.file_store import HeldLock
 from walship.coordination.record import ClusterRecord, LeaderRecord, Seen, create_cluster, read_cluster, read_leader
 from walship.coordination.store import Store
 from walship.engine.durable_state import DurableState, StateFile
-from walship.engine.marks import Marks
+from walship.engine.marks import EVERY_BYTES, Marks
 from walship.errors import CompareFailed, Fenced, StorageFailed, UsageError
 from walship.node.recover import found_database
 
@@ -79,7 +79,7 @@ async def join(config: NodeConfig, store: Store) -> Membership:
             f"{state.state.promised}: the record is older than the data. Nothing was changed; bring back the "
             "newer store"
         )
-    marks = Marks(directory, state)
+    marks = Marks(directory, state, every_bytes=min(EVERY_BYTES, config.log_max_bytes // 4))
     if founds and state.state.mark is None:
         found_database(state, marks)
     if state.state.cluster_id is None:
