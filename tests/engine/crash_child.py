@@ -45,7 +45,7 @@ async def ship_or_seed(follower: FollowerNode, leader: LeaderNode) -> None:
 
 async def live(directory: Path, writes: int) -> None:
     leader_module.CHECKPOINT_BYTES = 200 << 10  # often, so that a short life sees several
-    marks_module._EVERY_BYTES = 100 << 10
+    marks_module.EVERY_BYTES = 100 << 10
     leader = LeaderNode(directory / "leader", limits=LIMITS)
     follower = FollowerNode(directory / "follower", limits=LIMITS)
     writer = leader.start_writer(required=1)

@@ -18,6 +18,7 @@ from typing import Any
 
 import apsw
 
+from walship.engine import marks as marks_module
 from walship.engine.acks import AckTracker
 from walship.engine.database import Database
 from walship.engine.durable_state import DurableState, StateFile
@@ -62,7 +63,7 @@ def open_state(directory: Path, name: str) -> StateFile:
 
 def open_replica(directory: Path, name: str, *, limits: LogLimits = LIMITS) -> tuple[StateFile, Marks, Replica | None]:
     state = open_state(directory, name)
-    marks = Marks(directory, state)
+    marks = Marks(directory, state, every_bytes=marks_module.EVERY_BYTES)
     return state, marks, recover(directory, state, marks, cluster=CLUSTER, limits=limits)
 
 
