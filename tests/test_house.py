@@ -173,3 +173,10 @@ def test_links_and_file_names_in_documents_lead_somewhere(page: str) -> None:
     links |= {ROOT / name for name in re.findall(r"\b((?:walship|proxy|tests)/[\w/]+\.py)\b", text)}
     missing = sorted(str(link) for link in links if not link.resolve().exists())
     assert not missing
+
+
+def test_nothing_uses_wait_for() -> None:
+    """Before Python 3.12 `asyncio.wait_for` swallows a cancellation that comes together with its result: a node that
+    was told to stop then ran on. `asyncio.timeout` does not."""
+    for path in SOURCES:
+        assert "asyncio.wait_for(" not in path.read_text(), path

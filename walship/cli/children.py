@@ -99,7 +99,8 @@ class Child:
                 self.restarts += 1
                 self._say(f"{self.name} ended ({_ending(code)}); starting it again in {delay:.1f} s")
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), delay)
+                    async with asyncio.timeout(delay):
+                        await self._stopping.wait()
         finally:
             self._kill()
 
@@ -112,7 +113,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), deadline_seconds)
+            async with asyncio.timeout(deadline_seconds):
+                await process.wait()
         except TimeoutError:
             self._say(f"{self.name} did not stop within {deadline_seconds:.0f} s and is killed")
             self._kill()

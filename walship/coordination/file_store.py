@@ -129,8 +129,10 @@ class FileStore:
                     known = present
                     for change in gone + fresh:
                         yield change
+                # Not wait_for: before 3.12 it swallows a cancellation that comes together with its result.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(waker.wait(), POLL_SECONDS)
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await waker.wait()
         finally:
             self._wakers.discard(waker)
 
@@ -142,7 +144,8 @@ class FileStore:
         observer, self._observer = self._observer, None
         release = asyncio.get_running_loop().run_in_executor(self._thread, self._release, observer)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(release, self._deadline_seconds)
+            async with asyncio.timeout(self._deadline_seconds):
+                await release
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _release(self, observer: BaseObserver | None) -> None:
@@ -198,7 +201,8 @@ class FileStore:
 
         future = asyncio.get_running_loop().run_in_executor(self._thread, job)
         try:
-            return await asyncio.wait_for(future, self._deadline_seconds)
+            async with asyncio.timeout(self._deadline_seconds):
+                return await future
         except TimeoutError as error:
             raise StoreUnavailable(
                 f"the coordination store {self._path} did not answer within {self._deadline_seconds} s while {doing}; "
