@@ -42,7 +42,7 @@ CHILDREN = "CREATE TABLE c (id INTEGER PRIMARY KEY, p REFERENCES p DEFERRABLE IN
 
 
 def state_of(bench: Bench, stream: int) -> State:
-    return bench.service._sessions[stream].state
+    return bench.service._streams[stream].state
 
 
 # --- R20: one client's failure is its own ---------------------------------------------------------------------------
@@ -275,7 +275,7 @@ async def test_vanished_client_is_rolled_back_and_its_turn_given_back(bench: Ben
     reply, _ = await bench.on(0, execute("BEGIN"), execute("INSERT INTO t VALUES (-1)"))
     slow = execute("INSERT INTO t SELECT a.a FROM t a, t b LIMIT 300000")
     task = asyncio.ensure_future(bench.on(reply.stream, slow))
-    await eventually(lambda: bench.service._sessions[reply.stream]._running)
+    await eventually(lambda: bench.service._streams[reply.stream]._running)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -449,3 +449,43 @@ async def test_cursor_inside_a_transaction_sees_its_writes(bench: Bench) -> None
     end = await bench.service.cursor(call, steps_of("COMMIT"))
     assert end.autocommit
     assert await bench.rows("SELECT a FROM t") == [[7]]
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+
+
+async def test_endless_read_of_a_stream_is_interrupted_and_the_stream_lives_on(tmp_path: Path) -> None:
+    """Never a hang: what only reads has a deadline everywhere."""
+    async with leading(tmp_path / "n", Limits(read_seconds=0.1)) as bench:
+        reply, answers = await bench.on(0, execute("BEGIN"), execute(ENDLESS), execute("SELECT 1"))
+        assert [code_of(answers[1]), rows_of(answers[2])] == ["SQLITE_INTERRUPT", [[1]]]
+        assert state_of(bench, reply.stream) is not State.AUTOCOMMIT
+
+
+async def test_drain_ends_although_a_statement_does_not(bench: Bench) -> None:
+    await bench.run("CREATE TABLE t (a)")
+    reply, _ = await bench.on(0, execute("BEGIN"), execute("INSERT INTO t VALUES (1)"))
+    endless = asyncio.ensure_future(bench.on(reply.stream, execute(f"INSERT INTO t {ENDLESS}")))
+    await eventually(lambda: bench.service._streams[reply.stream]._running)
+    await bench.service.drain(0.05)
+    _, answers = await endless
+    assert code_of(answers[0]) == "SQLITE_INTERRUPT"
+    assert bench.host.database.connect_reader().execute("SELECT count(*) FROM t").fetchall() == [(0,)]
+
+
+async def test_nobody_gets_at_a_stream_whose_caller_vanished(bench: Bench) -> None:
+    """Its statement still runs; another call must not run beside it on the same connection."""
+    await bench.run("CREATE TABLE t (a)")
+    reply, _ = await bench.on(0, execute("BEGIN"), execute("INSERT INTO t VALUES (1)"))
+    fill = (
+        "INSERT INTO t SELECT i FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n)"
+    )
+    running = asyncio.ensure_future(bench.on(reply.stream, execute(f"{fill} LIMIT 300000")))
+    await eventually(lambda: bench.service._streams[reply.stream]._running)
+    second = asyncio.ensure_future(bench.on(reply.stream, execute("COMMIT")))
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(ProtocolViolation):
+        await second
+    await eventually(lambda: bench.service.status().connections == 0)
+    assert await bench.rows("SELECT count(*) FROM t") == [[0]]

@@ -8,6 +8,7 @@ beyond `Limits.connections` lanes a client is told `Overloaded` before anything 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ __all__ = ["Connections", "Lane"]
 
 T = TypeVar("T")
 
+_STRIDE = 10_000  # VM instructions between two looks at the clock: no cost to speak of (perf.md 3)
+
 
 @dataclass(eq=False, slots=True)
 class Lane:
@@ -35,27 +38,31 @@ class Lane:
     connection: apsw.Connection
     executor: Executor
     writer: bool
+    deadline: float = 0.0
     running: Future[object] | None = None
 
 
 class Connections:
     """Hands out lanes and runs functions on them, off the event loop."""
 
-    def __init__(self, database: Database, limits: Limits) -> None:
+    def __init__(self, database: Database, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._database = database
         self._limits = limits
+        self._clock = clock
+        self._closing = False
         self._threads = ThreadPoolExecutor(limits.stream_threads, thread_name_prefix="walship-stream")
         self._idle: dict[bool, list[Lane]] = {True: [], False: []}
         self.in_use = 0
 
     async def run(self, lane: Lane, function: Callable[[], T]) -> T:
         """Run `function` for `lane` in the pool. A caller that is cancelled leaves it running: what writes is never
-        cancelled, and `give_back` waits for it."""
+        cancelled, and `give_back` waits for it. What only reads is interrupted after `read_seconds`."""
         before = lane.running
 
         def call() -> T:
             if before is not None:
                 wait((before,))
+            lane.deadline = self._clock() + self._limits.read_seconds
             return function()
 
         future = self._threads.submit(call)
@@ -90,6 +97,13 @@ class Connections:
         keep = clean and len(shelf) < self._limits.idle_connections
         self._threads.submit(_tidy, lane, shelf if keep else None, first)
 
+    def interrupt_all(self) -> None:
+        """Interrupt what runs, now and from now on: the node stops, and what is not committed is not done."""
+        self._closing = True
+
+    def _shall_stop(self, lane: Lane) -> bool:
+        return self._closing or (not lane.executor.may_write and self._clock() > lane.deadline)
+
     def close(self) -> None:
         """Close the shelved lanes and end the threads; lanes still in use must have been given back."""
         self._threads.shutdown(wait=True)
@@ -102,7 +116,9 @@ class Connections:
         connection = self._database.connect_writer() if writer else self._database.connect_reader()
         try:
             guard.install(connection, follower=not writer, shared=False)
-            return Lane(connection, Executor(connection, self._limits), writer)
+            lane = Lane(connection, Executor(connection, self._limits), writer)
+            connection.set_progress_handler(lambda: self._shall_stop(lane), _STRIDE)
+            return lane
         except BaseException:
             connection.close(True)
             raise

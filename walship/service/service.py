@@ -13,13 +13,11 @@ A list is never split once it has begun to write: a reply that says "not done" m
 from __future__ import annotations
 
 import asyncio
-import itertools
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import apsw
 
@@ -31,13 +29,10 @@ from walship.errors import (
     NotReadOnly,
     OutcomeUnknown,
     Overloaded,
-    ProtocolViolation,
-    StatementFailed,
     TransactionTimeout,
 )
 from walship.formats.position import Position
 from walship.hrana import json as hrana
-from walship.hrana.baton import CLOSED
 from walship.hrana.types import Batch, BatchRequest, CloseRequest, ErrorBody, Level
 from walship.service.connections import Connections
 from walship.service.cursors import LaneCursor
@@ -47,11 +42,10 @@ from walship.service.plan import Item, Needs, look, resolve, resolve_batch
 from walship.service.reads import Reads, acknowledged, fresh_enough, seen
 from walship.service.request import Call, CursorReply, Host, Reply
 from walship.service.session import Session, State
+from walship.service.streams import Streams
 from walship.sql import guard
 
 __all__ = ["Service", "ServiceStatus"]
-
-T = TypeVar("T")
 
 _SWEEP_SECONDS = 0.5
 
@@ -82,24 +76,23 @@ class Service:
         self._host = host
         self._limits = limits
         self._clock = clock
-        self._sessions: dict[int, Session] = {}
-        self._expired: dict[int, float] = {}
         self._cursors: set[LaneCursor] = set()
-        self._ids = itertools.count(secrets.randbits(48) << 14 | 1)  # so that ids of an earlier process mean nothing
         self._active = 0
         self._draining = False
         self._quiet = asyncio.Event()
         self._shared: tuple[apsw.Connection, Executor] | None = None
         self._reads: Reads
         self._connections: Connections
+        self._streams: Streams
         self._tasks: asyncio.TaskGroup
         self._sweeper: asyncio.Task[None]
 
     async def __aenter__(self) -> Self:
         self._reads = Reads(self._host, self._limits, self._clock)
-        self._connections = Connections(self._host.database, self._limits)
+        self._connections = Connections(self._host.database, self._limits, self._clock)
         self._tasks = asyncio.TaskGroup()
         await self._tasks.__aenter__()
+        self._streams = Streams(self._host, self._connections, self._limits, self._clock, self._tasks, self._quiet.set)
         self._sweeper = self._tasks.create_task(self._sweep(), name="walship-service-sweep")
         return self
 
@@ -109,6 +102,7 @@ class Service:
         del kind, error, traceback
         self._draining = True
         try:
+            self._connections.interrupt_all()
             await self._end_streams()
             self._sweeper.cancel()
         finally:
@@ -129,11 +123,11 @@ class Service:
         try:
             if call.stream == 0:
                 return await self._pipeline(None, call)
-            if call.stream not in self._sessions and all(isinstance(r, CloseRequest) for r in call.requests):
+            if call.stream not in self._streams and all(isinstance(r, CloseRequest) for r in call.requests):
                 # Some clients close what has died long ago (hrana.md 2.1).
                 return Reply([hrana.ok("close")] * len(call.requests), seen(self._host), 0, True)
-            session = self._find(call.stream)
-            async with _locked(session, self._limits):
+            session = self._streams.find(call.stream)
+            async with self._streams.alone(session):
                 return await self._pipeline(session, call)
         finally:
             self._leave()
@@ -147,25 +141,25 @@ class Service:
         try:
             if call.stream == 0:
                 return await self._cursor(None, call, batch)
-            session = self._find(call.stream)
-            async with _locked(session, self._limits):
+            session = self._streams.find(call.stream)
+            async with self._streams.alone(session):
                 return await self._cursor(session, call, batch)
         finally:
             self._leave()
 
     async def close_stream(self, stream: int) -> None:
         """Close a stream, rolling back what is open. Unknown streams are fine."""
-        session = self._sessions.get(stream)
-        if session is not None:
-            async with _locked(session, self._limits):
-                await self._close_session(session)
+        if stream in self._streams:
+            session = self._streams[stream]
+            async with self._streams.alone(session):
+                await self._streams.close(session)
 
     def status(self) -> ServiceStatus:
         reads = self._reads
         return ServiceStatus(
             active_calls=self._active,
-            streams=len(self._sessions),
-            transactions=sum(session.state is not State.AUTOCOMMIT for session in self._sessions.values()),
+            streams=len(self._streams),
+            transactions=self._streams.transactions,
             connections=self._connections.in_use,
             cursors=len(self._cursors),
             read_batches=reads.batches,
@@ -180,11 +174,11 @@ class Service:
         self._draining = True
         try:
             async with asyncio.timeout(deadline_seconds):
-                while self._active or self._cursors or any(s.pinned for s in self._sessions.values()):
+                while self._active or self._cursors or any(s.pinned for s in self._streams):
                     self._quiet.clear()
                     await self._quiet.wait()
         except TimeoutError:
-            pass
+            self._connections.interrupt_all()
         await self._end_streams()
 
     # --- pipelines ----------------------------------------------------------------------------------------------
@@ -275,10 +269,12 @@ class Service:
     ) -> Reply:
         self._check_may_own(session, call, needs)
         if session is None:
-            session = self._new_session()
+            session = self._streams.new()
             async with session.lock:
-                return await self._apart(session, self._run_on_stream(session, call, items, needs, closing=closing))
-        return await self._apart(session, self._run_on_stream(session, call, items, needs, closing=closing))
+                return await self._streams.apart(
+                    session, self._run_on_stream(session, call, items, needs, closing=closing)
+                )
+        return await self._streams.apart(session, self._run_on_stream(session, call, items, needs, closing=closing))
 
     def _check_may_own(self, session: Session | None, call: Call, needs: Needs) -> None:
         """A follower gives connections only to transactions that say they only read."""
@@ -302,7 +298,7 @@ class Service:
                 committed = await session.settle() or committed
             position = await self._position_of(call)
         except BaseException as error:
-            await self._close_session(session)
+            await self._streams.close(session)
             if committed is not None and isinstance(error, NotDone):
                 raise OutcomeUnknown(
                     f"an earlier part of this request was committed and acknowledged at {committed}, and a later part "
@@ -321,7 +317,7 @@ class Service:
             await session.own(writer=self._host.writer is not None)
         except BaseException as error:
             if fresh or isinstance(error, TransactionTimeout):
-                await self._close_session(session)
+                await self._streams.close(session)
             raise
         session.calls += 1
         session.dirty = session.dirty or needs.own_connection
@@ -337,35 +333,15 @@ class Service:
     ) -> Reply:
         autocommit = session.state is State.AUTOCOMMIT
         if closing:
-            await self._close_session(session)
+            await self._streams.close(session)
             return Reply(results, position, 0, True)
         if autocommit and not session.dirty:
             await session.abandon()
             if not call.keep:
-                await self._close_session(session)
+                await self._streams.close(session)
                 return Reply(results, position, 0, True)
         session.used_at = self._clock()
         return Reply(results, position, session.id, autocommit)
-
-    async def _apart(self, session: Session, work: Coroutine[None, None, T]) -> T:
-        """Run `work` in a task of ours, so that a caller who is cancelled does not cancel it: the stream is then
-        closed when the work is done, since nobody got its answer."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-        async def run() -> None:
-            try:
-                answer = await work
-            except BaseException as error:  # noqa: BLE001  not swallowed: it is raised where the client waits
-                if not future.done():
-                    future.set_exception(error)
-                return
-            if future.done():
-                await self._close_session(session)
-            else:
-                future.set_result(answer)
-
-        self._tasks.create_task(run(), name=f"walship-stream-{session.id}")
-        return await future
 
     # --- cursors ------------------------------------------------------------------------------------------------
 
@@ -446,10 +422,10 @@ class Service:
     async def _cursor_on_stream(self, session: Session | None, call: Call, batch: Batch, needs: Needs) -> CursorReply:
         self._check_may_own(session, call, needs)
         if session is None:
-            session = self._new_session()
+            session = self._streams.new()
             async with session.lock:
-                return await self._apart(session, self._run_cursor_on_stream(session, call, batch, needs))
-        return await self._apart(session, self._run_cursor_on_stream(session, call, batch, needs))
+                return await self._streams.apart(session, self._run_cursor_on_stream(session, call, batch, needs))
+        return await self._streams.apart(session, self._run_cursor_on_stream(session, call, batch, needs))
 
     async def _run_cursor_on_stream(self, session: Session, call: Call, batch: Batch, needs: Needs) -> CursorReply:
         """All lines at once, bounded like any response: a stream is used by one request at a time, so rows that were
@@ -470,7 +446,7 @@ class Service:
             await session.settle()
             position = await self._position_of(call)
         except BaseException:
-            await self._close_session(session)
+            await self._streams.close(session)
             raise
         reply = await self._end_call(session, call, [], position, closing=False)
         return CursorReply(reply.stream, position, reply.autocommit, _once(b"".join(chunks)))
@@ -493,26 +469,7 @@ class Service:
 
     def _leave(self) -> None:
         self._active -= 1
-        if self._draining:
-            self._quiet.set()
-
-    def _find(self, stream: int) -> Session:
-        session = self._sessions.get(stream)
-        if session is not None and not session.closed:
-            return session
-        if stream in self._expired:
-            raise StatementFailed("The stream has expired due to inactivity", "STREAM_EXPIRED")
-        raise ProtocolViolation(CLOSED)
-
-    def _new_session(self) -> Session:
-        if len(self._sessions) >= self._limits.streams:
-            raise Overloaded(
-                f"{len(self._sessions)} streams are open on this node, as many as it allows. "
-                "Nothing was changed. Close streams, or try again."
-            )
-        session = Session(next(self._ids), self._host, self._connections, self._clock(), self._spawn)
-        self._sessions[session.id] = session
-        return session
+        self._quiet.set()
 
     async def _kept(
         self, session: Session | None, call: Call, counters: Counters, texts: dict[int, str], *, closing: bool
@@ -520,32 +477,19 @@ class Service:
         """The id under which a stream without a connection goes on, or 0."""
         if closing:
             if session is not None:
-                await self._close_session(session)
+                await self._streams.close(session)
             return 0
         if session is None:
             if not call.keep:
                 return 0
-            session = self._new_session()
+            session = self._streams.new()
             session.texts, session.counters = texts, counters
         session.used_at = self._clock()
         session.calls += 1
         return session.id
 
-    async def _close_session(self, session: Session) -> None:
-        self._sessions.pop(session.id, None)
-        try:
-            await session.close()
-        finally:
-            if self._draining:
-                self._quiet.set()
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        self._tasks.create_task(work)
-
     async def _end_streams(self) -> None:
-        for session in list(self._sessions.values()):
-            async with session.lock:
-                await self._close_session(session)
+        await self._streams.close_all()
         for cursor in list(self._cursors):
             cursor.close()
 
@@ -557,51 +501,16 @@ class Service:
 
     async def sweep(self) -> None:
         """One look at all streams and cursors; called by the service itself, and by tests with their own clock."""
-        now, limits = self._clock(), self._limits
-        for session in list(self._sessions.values()):
-            idle = now - session.used_at
-            if session.lock.locked() or idle < limits.transaction_idle_seconds:
-                continue
-            if session.pinned or session.expired:
-                self._expired[session.id] = now + limits.expired_seconds
-                await self._close_session(session)
-            elif idle >= limits.stream_idle_seconds:
-                await self._close_session(session)
+        await self._streams.sweep()
+        now = self._clock()
         for cursor in list(self._cursors):
-            if now - cursor.used_at > limits.read_seconds:
+            if now - cursor.used_at > self._limits.read_seconds:
                 cursor.close()
-        while self._expired:
-            oldest = next(iter(self._expired))
-            if self._expired[oldest] > now and len(self._expired) <= limits.streams:
-                break
-            del self._expired[oldest]
 
 
 def _has_state(session: Session | None) -> bool:
     """Does the stream own something here, or did it, so that its client must be told?"""
     return session is not None and (session.pinned or session.expired)
-
-
-class _locked:
-    """The lock of a stream, waited for within a bound: its calls run one after the other."""
-
-    def __init__(self, session: Session, limits: Limits) -> None:
-        self._session, self._seconds = session, limits.stream_wait_seconds
-
-    async def __aenter__(self) -> None:
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._session.lock.acquire()
-        except TimeoutError:
-            raise Overloaded(
-                f"an earlier request of this stream still runs after {self._seconds:g} s. This one was not begun."
-            ) from None
-        if self._session.closed:
-            self._session.lock.release()
-            raise ProtocolViolation(CLOSED)
-
-    async def __aexit__(self, *_: object) -> None:
-        self._session.lock.release()
 
 
 async def _once(chunk: bytes) -> AsyncIterator[bytes]:

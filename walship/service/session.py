@@ -157,18 +157,21 @@ class Session:
         await self.abandon()
 
     async def abandon(self) -> None:
-        """Roll back, give back the turn and the connection; the record stays."""
+        """Roll back, give back the turn and the connection; the record stays. The turn is given back in any case."""
         lane, self.lane = self.lane, None
+        lines, self._lines = self._lines, None
+        stop = None if lines is None else lines.close
         try:
             if lane is not None and self.turn is not None:
-                await self.connections.run(lane, lambda: _roll_back(lane))
-                await self._release()
+                try:
+                    await self.connections.run(lane, lambda: _roll_back(lane, stop))
+                finally:
+                    await self._release()
         finally:
             self.state = State.AUTOCOMMIT
             if lane is not None:
                 lane.executor.may_write = False
-                lines, self._lines = self._lines, None
-                self.connections.give_back(lane, clean=not self.dirty, first=None if lines is None else lines.close)
+                self.connections.give_back(lane, clean=not self.dirty, first=stop)
             self.dirty = False
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -259,6 +262,12 @@ def _observe(lane: Lane, *, holds_turn: bool) -> State:
     return State.READING if held == apsw.SQLITE_TXN_READ else State.DEFERRED
 
 
-def _roll_back(lane: Lane) -> None:
-    if not lane.connection.get_autocommit():
-        lane.connection.execute("ROLLBACK")
+def _roll_back(lane: Lane, stop: Callable[[], None] | None) -> None:
+    """End the transaction; a connection that cannot even do that is closed, which ends it too."""
+    if stop is not None:
+        stop()
+    try:
+        if not lane.connection.get_autocommit():
+            lane.connection.execute("ROLLBACK")
+    except apsw.Error:
+        lane.connection.close(True)
