@@ -64,6 +64,7 @@ class LinkServer:
         self.max_in_flight = max_in_flight
         self.in_flight = 0
         self.draining = False
+        self._ended = False
         self._links: set[_Link] = set()
 
     @property
@@ -72,6 +73,9 @@ class LinkServer:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one link until the proxy or `drain` ends it: the handler for `GET /walship/link`."""
+        if self._ended:
+            writer.close()  # a proxy that came back while the last parts close; it would keep the process from ending
+            return
         served = _Link(self, reader, writer)
         self._links.add(served)
         try:
@@ -90,6 +94,7 @@ class LinkServer:
                     await served.idle()
         except TimeoutError:
             log.warning("end links with requests under way count=%d", self.in_flight)
+        self._ended = True
         for served in tuple(self._links):
             served.end()
 
