@@ -21,6 +21,7 @@ import msgspec
 from fastcrc import crc64
 
 from walship.engine import failpoints
+from walship.engine.files import sync_directory
 from walship.errors import CorruptState, Fenced, StorageFailed, UsageError
 from walship.formats.position import Tip
 
@@ -226,7 +227,7 @@ class StateFile:
         try:
             temporary.replace(path)
             failpoints.reach("state.renamed")
-            _sync_directory(self._directory)
+            sync_directory(self._directory)
         except OSError as error:
             raise self._final(path, error) from error
 
@@ -236,11 +237,3 @@ class StateFile:
             "the process must end, and the next start reads it again"
         )
         return StorageFailed(self._failed)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+from walship.engine.files import sync_directory
 from walship.engine.log_start import FAILED_FSYNC, describe_damage, open_segments
 from walship.engine.retention import PIN_SILENCE_SECONDS, LogLimits, Pin, SegmentFacts, plan_prune
 from walship.engine.segment import (
@@ -31,7 +32,6 @@ from walship.engine.segment import (
     SegmentFlags,
     SegmentHead,
     frame_size,
-    sync_directory,
     write_all,
 )
 from walship.engine.segment_check import verify

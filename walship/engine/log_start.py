@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from walship.engine.segment import Segment, SegmentFlags, sync_directory
+from walship.engine.files import sync_directory
+from walship.engine.segment import Segment, SegmentFlags
 from walship.engine.segment_check import Damage, verify
 from walship.engine.segment_list import SegmentList
 from walship.errors import CorruptLog, HistoryMismatch, StorageFailed

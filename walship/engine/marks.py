@@ -12,6 +12,7 @@ from pathlib import Path
 
 from walship.engine import failpoints
 from walship.engine.durable_state import StateFile
+from walship.engine.files import sync_directory
 from walship.engine.log import Log
 from walship.engine.retention import Pin
 from walship.errors import CorruptData, StorageFailed
@@ -79,7 +80,7 @@ class Marks:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
-            _sync_directory(self._directory)
+            sync_directory(self._directory)
         except OSError as error:
             raise StorageFailed(
                 f"{temporary}: cannot save the page checksums ({error.strerror}). The last mark stands, "
@@ -108,11 +109,3 @@ class Marks:
 
     def _path(self, tip: Tip) -> Path:
         return self._directory / f"checksums-{tip.position}"
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

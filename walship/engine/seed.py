@@ -19,6 +19,7 @@ from pathlib import Path
 from walship.engine import failpoints
 from walship.engine.apply import Batch
 from walship.engine.durable_state import StateFile, Truth
+from walship.engine.files import sync_directory
 from walship.engine.log import Log
 from walship.engine.marks import Marks
 from walship.errors import CorruptDatabase, CorruptState, StorageFailed
@@ -176,15 +177,6 @@ def scan_file(path: Path, page_size: int) -> PageChecksums:
                     sums[pgno] = page_checksum(pgno, page)
             checksums.set_many(sums, run[-1])
     return checksums
-
-
-def sync_directory(directory: Path) -> None:
-    """fsync of a directory: makes a rename in it durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _move_aside(directory: Path, database: Path) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Self
 
 from walship.engine import failpoints
+from walship.engine.files import sync_directory
 from walship.errors import CorruptLog, CorruptRecord, StorageFailed
 from walship.formats.frame import PART_BYTES, FrameEnd, FrameHeader
 from walship.formats.position import Position, Tip
@@ -45,7 +46,6 @@ __all__ = [
     "SegmentFlags",
     "SegmentHead",
     "frame_size",
-    "sync_directory",
     "write_all",
 ]
 
@@ -333,12 +333,3 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
