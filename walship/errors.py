@@ -26,6 +26,7 @@ Branches follow what the caller may do, not where the error was found::
     ├── WriteLost                  a position the client saw is in no surviving history
     ├── Unavailable                a peer, the store or the leader cannot be reached; data is not affected
     │   └── StoreUnavailable       the coordination store did not answer
+    ├── AuthFailed                 the client's token is missing, wrong, out of its time, or does not allow this
     ├── StatementFailed            SQLite (or our guard) refused a statement; carries SQLite's own code and message
     ├── ProtocolViolation          a peer or client broke a protocol; the connection or request ends
     ├── Refused                    a peer refused us, with its reason
@@ -41,6 +42,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "AuthFailed",
     "Behind",
     "CompareFailed",
     "CorruptData",
@@ -222,6 +224,19 @@ class StoreUnavailable(Unavailable):
     """Raised when the coordination store does not answer within its deadline."""
 
     code = "WALSHIP_STORE_UNAVAILABLE"
+
+
+class AuthFailed(WalshipError):
+    """Raised when a token does not let its client in (status 401), or not do this (403). Nothing was run.
+
+    `auth_code` is the Hrana code (hrana.md 1.5). No message ever holds any part of a token.
+    """
+
+    code = "AUTH_FAILED"
+
+    def __init__(self, status: int, auth_code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.auth_code = status, auth_code
 
 
 class StatementFailed(WalshipError):

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from walship.errors import (
+    AuthFailed,
     Behind,
     CompareFailed,
     Draining,
@@ -111,6 +112,8 @@ class Failure:
 
 def failure(error: WalshipError) -> Failure:
     """How `error` looks to an HTTP client."""
+    if isinstance(error, AuthFailed):
+        return _json_failure(error.status, str(error), error.auth_code)
     status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
     if isinstance(error, ProtocolViolation):
         return Failure(status, TEXT_TYPE, str(error).encode("utf-8", "replace"))
