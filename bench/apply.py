@@ -29,6 +29,7 @@ from bench.recording import Recording, digest, growth, merged, seed_database, up
 from walship.engine.apply import Applier, Batch
 from walship.engine.database import Database
 from walship.formats.frame import FrameHeader
+from walship.node.recover import FIRST_POSITION
 
 ROWS = 2000
 MERGED = 16
@@ -82,7 +83,7 @@ class Bench:
                 self._recording.run_sql(connection, transaction)
                 leader.commit_group()
             connection.close()
-            first = replica.log.frames_after(nodes.FIRST_POSITION)
+            first = replica.log.frames_after(FIRST_POSITION)
             frames = [(ref.header, replica.log.read(ref)) for ref in first]
             assert frames[0][0].position == start, "the term-start frame comes first"
             leader.close()

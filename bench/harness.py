@@ -19,7 +19,7 @@ from rich.table import Table
 
 __all__ = ["Cpu", "Figure", "Ratio", "Report", "Sample", "alternate", "compare", "percentile"]
 
-AGAIN = "again"  # the baseline's second measurement in a round
+AGAIN = " again"  # the baseline's second measurement in a round, as a side of its own
 AA_TOLERANCE = 0.10
 
 
@@ -133,16 +133,17 @@ class Report:
 def alternate(sides: Mapping[str, Callable[[], Sample]], *, rounds: int, baseline: str | None = None) -> Samples:
     """Measure every side once a round, in turn; each round begins with another side.
 
-    `baseline` is measured a second time in every round, under the name `AGAIN`.
+    `baseline` is measured a second time in every round, as the side `baseline + AGAIN`.
     """
-    order = list(sides)
+    measures = dict(sides)
     if baseline is not None:
-        order.insert((order.index(baseline) + len(order) // 2 + 1) % (len(order) + 1), AGAIN)
+        measures[baseline + AGAIN] = sides[baseline]
+    order = list(measures)
     samples: Samples = {name: [] for name in order}
     for number in range(rounds):
         turn = number % len(order)
         for name in order[turn:] + order[:turn]:
-            samples[name].append(sides[baseline if name == AGAIN and baseline else name]())
+            samples[name].append(measures[name]())
     return samples
 
 
@@ -157,7 +158,7 @@ def compare(
     of: Callable[[Sample], float] = lambda sample: sample.value,
 ) -> Ratio:
     """`side` / `baseline`, round by round. When the baseline was measured twice, against the mean of both."""
-    again = samples.get(AGAIN)
+    again = samples.get(baseline + AGAIN)
     base = [of(sample) for sample in samples[baseline]]
     aa = None
     if again is not None:
