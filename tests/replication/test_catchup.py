@@ -13,7 +13,7 @@ from walship.engine.log import Log, LogLimits
 from walship.formats.checksum import FLAG
 from walship.formats.position import Position
 from walship.replication.catchup import FromLog, FromSnapshot, LeaderView, plan
-from walship.replication.messages import Hello, Refusal, RefusalReason
+from walship.replication.messages import PROTOCOL, Hello, Refusal, RefusalReason
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_another_page_size_gets_a_snapshot(log: Log, view: LeaderView) -> None:
 
 
 def test_refusals_name_what_is_wrong(view: LeaderView) -> None:
-    assert refused(replace(HELLO, protocol=2), view) is RefusalReason.BAD_PROTOCOL
+    assert refused(replace(HELLO, protocol=PROTOCOL + 1), view) is RefusalReason.BAD_PROTOCOL
     assert refused(replace(HELLO, cluster="00" * 16), view) is RefusalReason.WRONG_CLUSTER
     assert refused(HELLO, replace(view, draining=True)) is RefusalReason.DRAINING
     assert refused(HELLO, replace(view, term=0)) is RefusalReason.NOT_LEADER

@@ -46,17 +46,17 @@ def test_what_is_said_is_what_is_read(message: Hello | Welcome | Heartbeat | Ack
     assert type(message).parse(message.to_body()) == message
 
 
-@given(tip=POSITIONS, acked=POSITIONS, time_ms=st.integers(0, 1 << 60), keep_from=U64, monotonic_ms=U64)
+@given(tip=POSITIONS, acked=POSITIONS, time_ms=st.integers(0, 1 << 60), keep_from=U64, monotonic_ms=U64, number=U64)
 def test_a_heartbeat_survives_the_wire(
-    tip: Position, acked: Position, time_ms: int, keep_from: int, monotonic_ms: int
+    tip: Position, acked: Position, time_ms: int, keep_from: int, monotonic_ms: int, number: int
 ) -> None:
-    heartbeat = Heartbeat(tip, acked, time_ms, keep_from, monotonic_ms)
+    heartbeat = Heartbeat(tip, acked, time_ms, keep_from, monotonic_ms, number)
     assert Heartbeat.parse(heartbeat.to_body()) == heartbeat
 
 
-@given(durable=POSITIONS, applied=POSITIONS)
-def test_an_ack_survives_the_wire(durable: Position, applied: Position) -> None:
-    ack = Ack(durable, applied, AckFlags.APPLY_LAGS)
+@given(durable=POSITIONS, applied=POSITIONS, number=U64)
+def test_an_ack_survives_the_wire(durable: Position, applied: Position, number: int) -> None:
+    ack = Ack(durable, applied, AckFlags.APPLY_LAGS, number)
     assert Ack.parse(ack.to_body()) == ack
 
 

@@ -39,6 +39,7 @@ from walship.replication.messages import (
     Welcome,
 )
 from walship.replication.protocol import LeaderProtocol, Phase
+from walship.replication.rounds import Rounds
 from walship.replication.tail import Tail
 from walship.replication.threads import in_thread
 
@@ -154,6 +155,7 @@ class Feed:
         *,
         tail: Tail,
         holds: Holds,
+        rounds: Rounds,
         limits: FeedLimits,
         prompt_acked: bool,
         clock: Callable[[], float] = time.monotonic,
@@ -168,6 +170,7 @@ class Feed:
         self._writer = writer
         self._tail = tail
         self._holds = holds
+        self._rounds = rounds
         self._limits = limits
         self._prompt_acked = prompt_acked
         self._clock = clock
@@ -194,6 +197,12 @@ class Feed:
             send(self._writer, self._protocol.send_goodbye(Goodbye(reason, message)))
         hang_up(self._writer)
         self._wake.set()
+
+    def beat(self) -> None:
+        """Say at once where the leader stands, unless that would only queue up behind a lot of frames."""
+        quiet = self._writer.transport.get_write_buffer_size() <= _QUIET_BYTES
+        if quiet and self._protocol.phase is not Phase.CLOSED:
+            send(self._writer, self._heartbeat())
 
     def abort(self) -> None:
         """Close at once; what is in the socket's buffer is lost."""
@@ -274,16 +283,16 @@ class Feed:
             self._acked_bytes = self._unacked.popleft()[1]
         self._holds.progress(self.hello.node_id, ack.durable)
         self._source.record_ack(self.hello.node_id, ack.durable, ack.applied, voter=self.hello.voter)
+        if self.hello.voter:
+            self._rounds.echoed(self.hello.node_id, ack.round, ack.durable)
 
     async def _beat(self) -> None:
-        transport = self._writer.transport
         while True:
             await asyncio.sleep(self._limits.heartbeat_seconds)
             self._check_term()
             if self._protocol.phase is Phase.CLOSED:
                 raise Ended("goodbye was said")
-            if transport.get_write_buffer_size() <= _QUIET_BYTES:
-                send(self._writer, self._heartbeat())
+            self.beat()
 
     async def _ship(self, answer: FromLog | FromSnapshot) -> None:
         if isinstance(answer, FromSnapshot):
@@ -400,6 +409,7 @@ class Feed:
                 leader_time_ms=int(self._wall_clock() * 1000),
                 keep_from=self._holds.keep_from(),
                 monotonic_ms=int(self._clock() * 1000),
+                round=self._rounds.number,
             )
         )
 

@@ -35,15 +35,15 @@ __all__ = [
     "Welcome",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_HISTORY = 4096  # newest terms a welcome tells of; well inside one record
 _MAX_NAME = 128
 _MAX_TEXT = 4096
 _U64 = 1 << 64
 _NOTHING = Position(0, 0)
 
-HEARTBEAT_LAYOUT = struct.Struct(">QQQQqQQ")
-ACK_LAYOUT = struct.Struct(">QQQQI")
+HEARTBEAT_LAYOUT = struct.Struct(">QQQQqQQQ")
+ACK_LAYOUT = struct.Struct(">QQQQIQ")
 
 
 class StreamSource(StrEnum):
@@ -224,7 +224,7 @@ class Heartbeat:
     """Where the leader stands, ten times a second.
 
     `tip` is the newest durable position; `leader_time_ms` its wall clock (display only); `monotonic_ms` its own
-    monotonic clock, for rounds of one leader only.
+    monotonic clock. `round` is the newest of the rounds by which this leader proves that it still leads (rounds.py).
     """
 
     tip: Position
@@ -232,13 +232,21 @@ class Heartbeat:
     leader_time_ms: int
     keep_from: int
     monotonic_ms: int
+    round: int = 0
 
     SIZE = HEARTBEAT_LAYOUT.size
 
     def to_body(self) -> bytes:
         tip, acked = self.tip, self.acked
         return HEARTBEAT_LAYOUT.pack(
-            tip.term, tip.txid, acked.term, acked.txid, self.leader_time_ms, self.keep_from, self.monotonic_ms
+            tip.term,
+            tip.txid,
+            acked.term,
+            acked.txid,
+            self.leader_time_ms,
+            self.keep_from,
+            self.monotonic_ms,
+            self.round,
         )
 
     @classmethod
@@ -246,8 +254,8 @@ class Heartbeat:
         """Read a HEARTBEAT body. Raises ProtocolViolation when its size is wrong."""
         if len(body) != HEARTBEAT_LAYOUT.size:
             raise ProtocolViolation(f"a heartbeat has {len(body)} bytes instead of {HEARTBEAT_LAYOUT.size}")
-        tip_term, tip_txid, acked_term, acked_txid, time_ms, keep_from, monotonic_ms = HEARTBEAT_LAYOUT.unpack(body)
-        return cls(Position(tip_term, tip_txid), Position(acked_term, acked_txid), time_ms, keep_from, monotonic_ms)
+        tip_term, tip_txid, acked_term, acked_txid, *numbers = HEARTBEAT_LAYOUT.unpack(body)
+        return cls(Position(tip_term, tip_txid), Position(acked_term, acked_txid), *numbers)
 
     def __str__(self) -> str:
         return f"heartbeat at {self.tip}, acked {self.acked}"
@@ -255,11 +263,15 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """What a follower holds: `durable` in its log after an fsync, `applied` visible to its readers."""
+    """What a follower holds: `durable` in its log after an fsync, `applied` visible to its readers.
+
+    `round` is the newest round it heard of on this connection while it had promised no newer term.
+    """
 
     durable: Position
     applied: Position
     flags: AckFlags = _NO_FLAGS
+    round: int = 0
 
     SIZE = ACK_LAYOUT.size
 
@@ -274,15 +286,16 @@ class Ack:
 
     def to_body(self) -> bytes:
         durable, applied = self.durable, self.applied
-        return ACK_LAYOUT.pack(durable.term, durable.txid, applied.term, applied.txid, self.flags)
+        return ACK_LAYOUT.pack(durable.term, durable.txid, applied.term, applied.txid, self.flags, self.round)
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Read an ACK body. Raises ProtocolViolation when its size is wrong."""
         if len(body) != ACK_LAYOUT.size:
             raise ProtocolViolation(f"an ack has {len(body)} bytes instead of {ACK_LAYOUT.size}")
-        durable_term, durable_txid, applied_term, applied_txid, flags = ACK_LAYOUT.unpack(body)
-        return cls(Position(durable_term, durable_txid), Position(applied_term, applied_txid), AckFlags(flags))
+        durable_term, durable_txid, applied_term, applied_txid, flags, number = ACK_LAYOUT.unpack(body)
+        durable, applied = Position(durable_term, durable_txid), Position(applied_term, applied_txid)
+        return cls(durable, applied, AckFlags(flags), number)
 
     def __str__(self) -> str:
         return "ack: seeding" if self.is_seeding else f"ack: durable {self.durable}, applied {self.applied}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from walship.engine.log import FrameRef
 from walship.errors import CorruptData, ProtocolViolation, StorageFailed, Unavailable, WalshipError
+from walship.formats.position import Position
 from walship.replication.catchup import FromLog, FromSnapshot, LeaderView, plan
 from walship.replication.feed import (
     BATCH_BYTES,
@@ -32,6 +33,7 @@ from walship.replication.hangup import LINGER_SECONDS, hang_up, send
 from walship.replication.holds import Holds
 from walship.replication.messages import GoodbyeReason, Hello, Refusal
 from walship.replication.protocol import LeaderProtocol
+from walship.replication.rounds import Rounds
 from walship.replication.tail import Tail
 from walship.replication.threads import raise_if_cancelled
 
@@ -67,6 +69,7 @@ class Publisher:
     Args:
         prompt_acked: set when followers wait for the acked position before they apply (n >= 2, R15). Non-voters
             always do.
+        acks: acknowledgments that the cluster's rule asks for; so many voters must prove a read index.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Publisher:
         max_followers: int = MAX_FOLLOWERS,
         tail_bytes: int = TAIL_BYTES,
         prompt_acked: bool = False,
+        acks: int = 0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -89,6 +93,7 @@ class Publisher:
         self._wall_clock = wall_clock
         self._holds = Holds(source.log, lambda: source.watermarks.durable, clock)
         self._feeds: dict[str, Feed] = {}
+        self._rounds = Rounds(acks, durable=lambda: source.watermarks.durable, announce=self._announce)
         self._draining = False
         self._open = 0  # connections in `serve`, greeted or not
         self._all_closed = asyncio.Event()
@@ -111,6 +116,14 @@ class Publisher:
         """Marks have moved. To be given to `Watermarks.on_change`; cheap, and safe to call for nothing."""
         for feed in self._feeds.values():
             feed.wake()
+
+    async def read_index(self, timeout_seconds: float) -> Position:
+        """A position for linearizable reads, from a leader proven to lead (R18). Raises as `Rounds.index`."""
+        return await self._rounds.index(timeout_seconds)
+
+    def _announce(self) -> None:
+        for feed in self._feeds.values():
+            feed.beat()
 
     async def run(self) -> None:
         """Wake the feeds whenever the watermarks move, until cancelled; then close all connections."""
@@ -142,6 +155,7 @@ class Publisher:
     async def close(self, *, timeout_seconds: float = LINGER_SECONDS) -> None:
         """Refuse new followers, say goodbye to all, and wait for their connections to end. Idempotent."""
         self._draining = True
+        self._rounds.end()
         for feed in tuple(self._feeds.values()):
             feed.stop(GoodbyeReason.STOPPING, f"{self._source.name} is shutting down")
         try:
@@ -230,6 +244,7 @@ class Publisher:
             writer,
             tail=self._tail,
             holds=self._holds,
+            rounds=self._rounds,
             limits=self._limits,
             prompt_acked=self._prompt_acked or not hello.voter,
             clock=self._clock,
@@ -255,6 +270,7 @@ class Publisher:
             if self._feeds.get(hello.node_id) is feed:
                 del self._feeds[hello.node_id]
                 self._holds.left(hello.node_id)
+                self._rounds.forget(hello.node_id)
                 self._source.forget(hello.node_id)
 
     def _judge(self, feed: Feed, group: BaseExceptionGroup[BaseException]) -> None:

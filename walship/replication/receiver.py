@@ -208,6 +208,8 @@ class Receiver:
         self._seed: Seed | None = None
         self._in_frame = False
         self._heard = Heartbeat(_NOWHERE, _NOWHERE, 0, 0, 0)
+        self._round = 0
+        self._told: tuple[Position, Position] | None = None  # what the last ack said
         self._handlers: dict[type, Callable[[Any], Awaitable[None]]] = {
             FrameReceived: self._on_frame,
             Heartbeat: self._on_heartbeat,
@@ -296,6 +298,8 @@ class Receiver:
 
     async def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._heard = heartbeat
+        if heartbeat.round > self._round:
+            self._echo(heartbeat.round)
         self._sink.heard(
             tip=heartbeat.tip,
             acked=heartbeat.acked,
@@ -369,11 +373,17 @@ class Receiver:
                     await self._installed.wait()
             except TimeoutError:
                 continue
-        last: tuple[Position, Position] | None = None
         while True:
-            last = await self._progress(last)
+            self._told = await self._progress(self._told)
             self._check_fence()
-            await self._send(self._protocol.send_ack(Ack(*last, self._flags())))
+            await self._send(self._protocol.send_ack(Ack(*self._told, self._flags(), self._round)))
+
+    def _echo(self, number: int) -> None:
+        """Tell the leader at once that it was heard: a read waits for it. What is new besides has its own ack."""
+        self._check_fence()
+        self._round = number
+        if self._told is not None and self.is_streaming:
+            send(self._writer, self._protocol.send_ack(Ack(*self._told, self._flags(), number)))
 
     async def _progress(self, last: tuple[Position, Position] | None) -> tuple[Position, Position]:
         """Wait for news, but not longer than the leader may go without a word from us."""
