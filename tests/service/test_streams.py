@@ -177,14 +177,15 @@ async def test_commit_replies_with_a_position_that_covers_it(bench: Bench) -> No
     assert bench.host.watermarks.acked == done.position
 
 
-async def test_readonly_transaction_runs_on_a_follower_and_refuses_writes(bench: Bench) -> None:
+@pytest.mark.parametrize("begin", ["BEGIN TRANSACTION READONLY", "BEGIN READONLY"])
+async def test_readonly_transaction_runs_on_a_follower_and_refuses_writes(bench: Bench, begin: str) -> None:
     """R21: READONLY goes to a follower; stock SQLite would take the word for a name (hrana.md 3.1)."""
     await bench.run("CREATE TABLE t (a)")
     for host in ("leader", "follower"):
         async with following(bench, bench.host.watermarks.captured) as follower:
             node = bench if host == "leader" else follower
             reply, answers = await node.on(
-                0, execute("BEGIN TRANSACTION READONLY"), execute("SELECT count(*) FROM t"), execute("DELETE FROM t")
+                0, execute(begin), execute("SELECT count(*) FROM t"), execute("DELETE FROM t")
             )
             assert (rows_of(answers[1]), code_of(answers[2])) == ([[0]], "SQLITE_READONLY")
             assert state_of(node, reply.stream) is State.READONLY

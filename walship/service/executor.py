@@ -291,6 +291,7 @@ class Executor:
             if verdict.kind in _TRANSACTION_WORDS:
                 if self._transaction_word(verdict.kind):
                     return
+                sql = _begin_text(verdict, sql)
             elif verdict.kind is Kind.PRAGMA:
                 sql = _pragma_answer(verdict)
             else:
@@ -393,7 +394,7 @@ class Executor:
         names = parameters(sql)
         self._describing = True
         try:
-            self._run(sql, (None,) * len(names))
+            self._run(_begin_text(verdict, sql), (None,) * len(names))
         except _Described:
             pass
         finally:
@@ -465,6 +466,11 @@ def _not_run(verdict: Verdict) -> StatementFailed:
     if verdict.kind is Kind.EMPTY:
         return StatementFailed("SQL string does not contain any statement", "SQL_NO_STATEMENT")
     return blocked(verdict.reason)
+
+
+def _begin_text(verdict: Verdict, sql: str) -> str:
+    """BEGIN READONLY is libSQL's: SQLite takes the word only where a transaction's name may stand."""
+    return "BEGIN" if verdict.kind is Kind.BEGIN_READONLY else sql
 
 
 def _pragma_answer(verdict: Verdict) -> str:
