@@ -77,12 +77,10 @@ class LeaderNode:
         page_size: int = 4096,
         setup: Iterable[str] = (),
         limits: LogLimits = LIMITS,
-        founded: bool = True,
-        found: bool = True,
     ) -> None:
         self.directory = directory
         state = open_state(directory, "a")
-        if found and state.state.mark is None and state.state.installing is None:
+        if state.state.mark is None and state.state.installing is None:
             if not (directory / "data.db").exists():
                 make_database(directory / "data.db", page_size=page_size, setup=setup)
             found_database(state, Marks(directory, state))
