@@ -11,6 +11,7 @@ bug, which uvicorn logs with its traceback and answers with 500.
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 from collections.abc import (
     AsyncGenerator,
@@ -129,7 +130,10 @@ class NodeApp:
     ) -> None:
         self._service = service
         self._max_body_bytes = max_body_bytes
-        self._streams = StreamTable(baton_key or secrets.token_bytes(32), lambda: secrets.randbits(64))
+        # Batons are signed, so ids need not be secret; asking the kernel for each would let go of the GIL, and under
+        # writes getting it back from the writer thread costs far more than the call.
+        rng = random.Random(secrets.token_bytes(32))
+        self._streams = StreamTable(baton_key or secrets.token_bytes(32), lambda: rng.getrandbits(64))
         self._served_by = (b"walship-served-by", name.encode("ascii", "replace"))
         self._pages = _pages(pages)
 
