@@ -20,6 +20,7 @@ from walship.engine.log import Log, LogLimits
 from walship.engine.marks import Marks
 from walship.engine.watermarks import Watermarks
 from walship.engine.writer import Writer
+from walship.errors import NotLeader
 from walship.formats.checksum import FLAG, PageChecksums
 from walship.formats.link import Role, Status
 from walship.formats.position import Position, TermHistory, Tip
@@ -39,6 +40,7 @@ class RealHost:
     writer: Writer | None = None
     leader: tuple[str | None, str | None, int] = ("n1", "http://n1:1", TERM)
     sick: str | None = None
+    proofs: int = 0
     service: Service = field(init=False)
 
     def status(self) -> Mapping[str, object]:
@@ -49,6 +51,12 @@ class RealHost:
 
     def metrics(self) -> bytes:
         return b"walship_up 1\n"
+
+    async def read_index(self, timeout_seconds: float) -> Position:
+        if self.writer is None:
+            raise NotLeader(*self.leader)
+        self.proofs += 1
+        return self.watermarks.durable
 
     def link_status(self) -> Status:
         marks = self.watermarks

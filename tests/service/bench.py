@@ -51,6 +51,11 @@ class StandIn:
     writer: Writer | None
     name: str = "node1"
     leader: tuple[str | None, str | None, int] = ("node1", "http://127.0.0.1:1", 1)
+    proofs: int = 0
+
+    async def read_index(self, timeout_seconds: float) -> Position:
+        self.proofs += 1
+        return self.watermarks.durable
 
 
 @dataclass

@@ -121,6 +121,7 @@ class Turn:
         self.finished: asyncio.Future[Done[Any]] = writer.loop.create_future()
         self.expired = False
         self.on_expire: Callable[[], None] | None = None
+        self._ack: int | None = None
 
     def begin_statement(self) -> None:
         """A statement of the transaction runs: the turn is not idle. Pair with `end_statement`."""
@@ -130,11 +131,13 @@ class Turn:
         self._busy -= 1
         self._last_used = time.monotonic()
 
-    async def release(self) -> Position:
+    async def release(self, *, ack: int | None = None) -> Position:
         """Give the turn back. Returns the position that covers what was committed, once it is acknowledged.
 
+        `ack` overrides the cluster's number of acknowledgments, as in `Writer.submit`.
         Raises OutcomeUnknown when the acknowledgments did not come in time.
         """
+        self._ack = ack
         self._released.set()
         done = await asyncio.shield(self.finished)
         return done.position
@@ -482,7 +485,7 @@ class Writer:
         self.call_soon(_resolve, item.granted, None)
         item._hold(self._limits, waiting=lambda: not self._queue.empty(), look=lambda: self._finish([], 0))
         self._counters.turns_expired += item.expired
-        self._finish([_Job(_nothing, item.finished, None)], 1)
+        self._finish([_Job(_nothing, item.finished, item._ack)], 1)
 
     def _call(self, call: _Call) -> None:
         try:

@@ -87,11 +87,17 @@ _OVERHEAD = _HEAD.size - 4
 
 
 class Verb(IntEnum):
-    """What a REQUEST asks for."""
+    """What a REQUEST asks for.
+
+    READ_INDEX runs nothing: its REPLY carries a position only. By `level` that is, LINEARIZABLE: one that covers all
+    that was acknowledged or shown before, from a leader that proved by a round that it leads; SESSION: the same by
+    the leader's own knowledge; ANY: what the node asked has on disk, be it leader or follower.
+    """
 
     PIPELINE = 1
     CURSOR = 2
     CLOSE_STREAM = 3
+    READ_INDEX = 4
 
 
 class ReadLevel(IntEnum):

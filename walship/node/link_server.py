@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Final, cast
 
 from walship.errors import Draining, Fenced, Overloaded, ProtocolViolation, StatementFailed, Unavailable, WalshipError
 from walship.formats import link
+from walship.formats.position import Position
 from walship.hrana import json
 from walship.hrana.types import CloseRequest, ErrorBody, Level
 from walship.node.app import Served
@@ -48,6 +49,7 @@ class LinkServer:
         status: what the node is now, `in_flight` aside, which is filled in here.
         on_change: registers a callback for changes of the status (watermarks, role) and returns its end;
             `Watermarks.on_change` has this shape.
+        position_for: answers READ_INDEX: (level, patience in seconds) to a position.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class LinkServer:
         status: Callable[[], link.Status],
         on_change: Callable[[Callable[[], None]], Callable[[], None]],
         *,
+        position_for: Callable[[Level, float], Awaitable[Position]] | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
+        self.position_for = position_for
         self.service = service
         self.status = status
         self.on_change = on_change
@@ -234,6 +238,8 @@ class _Link:
         try:
             if request.verb is link.Verb.CURSOR:
                 await self._cursor(request)
+            elif request.verb is link.Verb.READ_INDEX:
+                await self._position(request)
             else:
                 await self._pipeline(request)
         except WalshipError as error:
@@ -271,6 +277,13 @@ class _Link:
         body = json.pipeline_reply(None, reply.results)
         flags = link.ReplyFlags.AUTOCOMMIT if reply.autocommit else link.ReplyFlags.NONE
         self._send(link.Reply(request.id, body, reply.position, reply.stream, flags).to_bytes())
+
+    async def _position(self, request: link.Request) -> None:
+        call = self._call(request)
+        if self._server.position_for is None:
+            raise ProtocolViolation("link: this node tells no positions")
+        position = await self._server.position_for(call.level, call.wait_seconds)
+        self._send(link.Reply(request.id, b"", position).to_bytes())
 
     async def _cursor(self, request: link.Request) -> None:
         batch = json.decode_cursor(request.body).batch

@@ -47,10 +47,10 @@ from walship.engine.snapshot import Snapshot, ltx_chunks
 from walship.engine.verify import differing_pages
 from walship.engine.watermarks import Watermarks
 from walship.engine.writer import Writer
-from walship.errors import CorruptData, Draining, Unavailable, WalshipError
+from walship.errors import CorruptData, Draining, NotLeader, Unavailable, WalshipError
 from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
-from walship.hrana.types import Batch
+from walship.hrana.types import Batch, Level
 from walship.node.app import NodeApp
 from walship.node.http_server import bind, serving
 from walship.node.join import Membership, join, lock_directory
@@ -115,7 +115,8 @@ class Node:
         self.verified_ms: int | None = None
         self.report = Report(self)
         self.stop = asyncio.Event()
-        self.links = LinkServer(self, self.report.link_status, self._on_change)
+        self._given = _ZERO
+        self.links = LinkServer(self, self.report.link_status, self._on_change, position_for=self.position_for)
         self._store = store
         self._acks: AckTracker | None = None
         self._limits = LogLimits(
@@ -174,10 +175,44 @@ class Node:
     # --- Served: the service, once there is a database --------------------------------------------------------
 
     async def pipeline(self, call: Call) -> Reply:
-        return await self._service().pipeline(call)
+        reply = await self._service().pipeline(call)
+        self._gave(call, reply.position)
+        return reply
 
     async def cursor(self, call: Call, batch: Batch) -> CursorReply:
-        return await self._service().cursor(call, batch)
+        reply = await self._service().cursor(call, batch)
+        self._gave(call, reply.position)
+        return reply
+
+    async def read_index(self, timeout_seconds: float) -> Position:
+        """See `Host.read_index`."""
+        if self.publisher is None:
+            raise NotLeader(*self.leader)
+        return await self.publisher.read_index(timeout_seconds)
+
+    async def position_for(self, level: Level, timeout_seconds: float) -> Position:
+        """What a proxy asks to know how fresh a read must be (R18).
+
+        `linearizable`: the read index. `session`: a position that covers all that was acknowledged or shown to
+        anybody, by the leader's own knowledge. `any`: what this node has on disk, whatever its role.
+        """
+        if level is Level.LINEARIZABLE:
+            return await self.read_index(timeout_seconds)
+        marks = self.watermarks
+        if self.leading is None:
+            if level is Level.SESSION:
+                raise NotLeader(*self.leader)
+            return marks.logged
+        # With n <= 1 voters apply, and show, what they have on disk, a moment before it counts as acknowledged (R15).
+        if self.member.record.acks <= 1 or level is Level.ANY:
+            return marks.durable
+        return max(marks.acked, self._given, key=lambda position: (position.term, position.txid))
+
+    def _gave(self, call: Call, position: Position) -> None:
+        """A client that chose its own number of acknowledgments was told of `position`, maybe before it was acked."""
+        given = self._given
+        if call.ack is not None and (position.term, position.txid) > (given.term, given.txid):
+            self._given = position
 
     async def close_stream(self, stream: int) -> None:
         if self.service is not None:
@@ -280,7 +315,7 @@ class Node:
         self.leader_record = serving_record.record
         self._acks = AckTracker(term, member.record.acks, _ZERO)
         self.writer = Writer(self.leading, self._acks, on_failure=self.fail)
-        self.publisher = Publisher(self, prompt_acked=member.record.acks >= 2)
+        self.publisher = Publisher(self, prompt_acked=member.record.acks >= 2, acks=member.record.acks)
         self.watermarks.on_change(self._move_acked)
         self.writer.start()
         self._move_acked()

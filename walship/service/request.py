@@ -92,3 +92,10 @@ class Host(Protocol):
     def leader(self) -> tuple[str | None, str | None, int]:
         """Name, URL and term of the leader as far as this node knows."""
         ...
+
+    async def read_index(self, timeout_seconds: float) -> Position:
+        """A position that covers everything acknowledged or shown before this call, proven to be the leader's (R18).
+
+        Raises NotLeader, Behind, and StatementFailed where the cluster's rule asks for no acknowledgments.
+        """
+        ...

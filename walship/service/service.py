@@ -121,6 +121,7 @@ class Service:
         """Run a list of requests on a stream. What it raises: see `walship.service.request`."""
         self._enter(call)
         try:
+            await self._prove(call)
             if call.stream == 0:
                 return await self._pipeline(None, call)
             if call.stream not in self._streams and all(isinstance(r, CloseRequest) for r in call.requests):
@@ -139,6 +140,7 @@ class Service:
         """
         self._enter(call)
         try:
+            await self._prove(call)
             if call.stream == 0:
                 return await self._cursor(None, call, batch)
             session = self._streams.find(call.stream)
@@ -296,7 +298,7 @@ class Service:
                     continue
                 results.append(await session.perform(item))
                 committed = await session.settle() or committed
-            position = await self._position_of(call)
+            position = await self._position_of(call, committed)
         except BaseException as error:
             await self._streams.close(session)
             if committed is not None and isinstance(error, NotDone):
@@ -312,6 +314,7 @@ class Service:
         fresh = not session.calls
         try:
             session.begin_call(read_only=call.read_only)
+            session.ack = call.ack
             if call.floor is not None and session.needs_snapshot:
                 await fresh_enough(self._host, call.floor, call.wait_seconds)
             await session.own(writer=self._host.writer is not None)
@@ -322,7 +325,9 @@ class Service:
         session.calls += 1
         session.dirty = session.dirty or needs.own_connection
 
-    async def _position_of(self, call: Call) -> Position:
+    async def _position_of(self, call: Call, committed: Position | None) -> Position:
+        if committed is not None and call.ack is not None:
+            return committed  # the client chose what its commit waits for
         position = seen(self._host)
         if call.level is Level.ANY:
             return position
@@ -443,8 +448,8 @@ class Service:
                     chunks.append(hrana.cursor_error(error))
                     break
                 chunks.append(chunk)
-            await session.settle()
-            position = await self._position_of(call)
+            committed = await session.settle()
+            position = await self._position_of(call, committed)
         except BaseException:
             await self._streams.close(session)
             raise
@@ -455,14 +460,20 @@ class Service:
         self._cursors.discard(cursor)
         self._quiet.set()
 
+    async def _prove(self, call: Call) -> None:
+        """Before a linearizable call: proof that this node leads. Weaker than asked for, silently, is the one thing
+        a level must never be (R18). Raises Behind, StatementFailed."""
+        if call.level is not Level.LINEARIZABLE:
+            return
+        if self._host.writer is None:
+            raise Behind("a follower cannot answer linearizable reads. Ask the leader, or connect to the proxy.")
+        await self._host.read_index(self._limits.ack_seconds)
+
     # --- streams: finding, keeping, ending ----------------------------------------------------------------------
 
     def _enter(self, call: Call) -> None:
         if self._draining and call.stream == 0:
             raise Draining("this node is shutting down. Nothing was changed. Try another node, or the proxy.")
-        if call.level is Level.LINEARIZABLE and self._host.writer is None:
-            # Weaker than asked for, silently, is the one thing a level must never be (R18).
-            raise Behind("a follower cannot answer linearizable reads. Ask the leader, or connect to the proxy.")
         if self._active >= self._limits.streams:
             raise Overloaded(f"{self._active} calls are running already. Nothing was changed. Try again.")
         self._active += 1

@@ -84,6 +84,7 @@ class Session:
     closed: bool = False
     expired: bool = False
     calls: int = 0
+    ack: int | None = None  # acknowledgments the present call asks for; None: the cluster's rule
     _lines: Lines | None = None
     _running: bool = False
     _read_only: bool = False
@@ -228,7 +229,7 @@ class Session:
         turn, self.turn = self.turn, None
         if self.lane is not None:
             self.lane.executor.may_write = False
-        return None if turn is None else await turn.release()
+        return None if turn is None else await turn.release(ack=self.ack)
 
     def _on_expire(self) -> None:
         """The writer takes the turn back (on the loop). A statement that runs is stopped, and its call ends the rest;
