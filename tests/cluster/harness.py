@@ -151,12 +151,12 @@ class Cluster:
         database: Path | None = None,
         node_words: tuple[str, ...] = (),
         proxy_words: tuple[str, ...] = (),
-        prefix: tuple[str, ...] = (),
     ) -> None:
         self.root = root
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.processes = {name: Process(name, root / f"{name}.log") for name in [*self.names, "proxy"]}
-        self.node_words, self.prefix = node_words, prefix
+        self.node_words = node_words
+        self.prefix_of: Callable[[str], tuple[str, ...]] = lambda _name: ()  # what a node is run under, as strace
         self._proxy_words = proxy_words
         self._store = f"file://{root}/store"
         self._found = ["--init", "--voters", ",".join(self.names), "--ack", str(ack)]
@@ -187,7 +187,7 @@ class Cluster:
         words = ["node", "--name", name, "--data", str(self.root / name), "--cluster", self._store, *self.node_words]
         if name == self.leader and not (self.root / name).exists():
             words += self._found
-        node.start(words, prefix=self.prefix)
+        node.start(words, prefix=self.prefix_of(name))
         node.url = json.loads(node.first_line())["url"]
 
     def start_proxy(self) -> None:
