@@ -56,6 +56,7 @@ __all__ = [
     "Outcome",
     "bind_arguments",
     "check_batch",
+    "check_request",
     "cursor_error",
     "cursor_head",
     "decode_cursor",
@@ -66,6 +67,7 @@ __all__ = [
     "encode_row",
     "encode_rows",
     "encode_stmt_result",
+    "error_object",
     "evaluate",
     "failed",
     "ok",
@@ -109,7 +111,7 @@ def decode_pipeline(body: bytes, *, version: int) -> PipelineBody:
     """
     pipeline = _decode(_PIPELINE, body)
     for request in pipeline.requests:
-        _check_request(request, version)
+        check_request(request, version)
     return pipeline
 
 
@@ -137,7 +139,11 @@ def _decode(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
         raise ProtocolViolation(f"The request body is not what the protocol asks for: {error}") from error
 
 
-def _check_request(request: StreamRequest, version: int) -> None:
+def check_request(request: StreamRequest, version: int) -> None:
+    """Raise ProtocolViolation when a request breaks a rule that its shape does not show, or is newer than `version`.
+
+    The decoders have done this already; for requests that come another way.
+    """
     if isinstance(request, ExecuteRequest):
         _check_text(request.stmt.sql, request.stmt.sql_id)
     elif isinstance(request, BatchRequest):
@@ -400,7 +406,7 @@ def encode_stmt_result(
 def encode_batch_result(results: Sequence[bytes | None], errors: Sequence[ErrorBody | None]) -> bytes:
     """A BatchResult: per step a StmtResult or None, and an error or None; a skipped step has None in both."""
     oks = b",".join([b"null" if result is None else result for result in results])
-    bad = b",".join([b"null" if error is None else _error(error) for error in errors])
+    bad = b",".join([b"null" if error is None else error_object(error) for error in errors])
     return b'{"step_results":[%b],"step_errors":[%b],"replication_index":null}' % (oks, bad)
 
 
@@ -425,7 +431,8 @@ def _bool(value: bool) -> bytes:
     return b"true" if value else b"false"
 
 
-def _error(error: ErrorBody) -> bytes:
+def error_object(error: ErrorBody) -> bytes:
+    """An Error: always with its code, and always valid Unicode."""
     return f'{{"message":{_quoted(error.message)},"code":{_quoted(error.code)}}}'.encode()
 
 
@@ -439,7 +446,7 @@ def ok(kind: str, result: bytes | None = None, **fields: bool) -> bytes:
 
 def failed(error: ErrorBody) -> bytes:
     """A StreamResult that failed."""
-    return b'{"type":"error","error":%b}' % _error(error)
+    return b'{"type":"error","error":%b}' % error_object(error)
 
 
 def pipeline_reply(baton: str | None, results: Sequence[bytes]) -> bytes:
@@ -483,9 +490,9 @@ def step_end(affected_row_count: int, last_insert_rowid: int | None, *, rust: bo
 
 def step_error(step: int, error: ErrorBody) -> bytes:
     """A step failed, maybe after some of its rows."""
-    return b'{"type":"step_error","step":%d,"error":%b}\n' % (step, _error(error))
+    return b'{"type":"step_error","step":%d,"error":%b}\n' % (step, error_object(error))
 
 
 def cursor_error(error: ErrorBody) -> bytes:
     """The cursor as a whole failed; nothing follows."""
-    return b'{"type":"error","error":%b}\n' % _error(error)
+    return b'{"type":"error","error":%b}\n' % error_object(error)
