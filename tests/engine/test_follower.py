@@ -444,3 +444,38 @@ def test_the_files_are_not_left_open(tmp_path: Path) -> None:
     asyncio.run(life())
     left = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink() and entry.exists()]
     assert [path for path in left if path.startswith(str(tmp_path))] == []
+
+
+async def test_what_a_read_sees_lies_between_applied_before_and_publishing_after(tmp_path: Path) -> None:
+    """R17: `publishing` moves before the header is written, `applied` after it; a reader in between proves nothing
+    less and nothing more than the two."""
+    async with cluster(tmp_path, setup=SETUP) as (leader, follower):
+        start = leader.tip.position.txid
+        marks, done = follower.watermarks, threading.Event()
+        wrong: list[tuple[int, int, int]] = []
+        reads = 0
+
+        def look() -> None:
+            nonlocal reads
+            connection = follower.database.connect_reader()
+            while not done.is_set():
+                low = marks.applied.txid
+                ((count,),) = connection.execute("SELECT count(*) FROM t").fetchall()
+                high = marks.publishing.txid
+                if not low <= start + count <= high:
+                    wrong.append((low, start + count, high))
+                reads += 1
+            connection.close()
+
+        threads = [threading.Thread(target=look) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for number in range(250):
+            leader.commit(f"INSERT INTO t VALUES({number}, 'x')")
+            await follower.ship(leader)
+        await follower.applied(leader.tip.position)
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert reads > 50

@@ -9,7 +9,7 @@ import apsw
 import pytest
 from nodes import CLUSTER, LeaderNode, changed_by_others, crash_image, open_replica, read, scanned
 
-from walship.engine.durable_state import StateFile, Truth
+from walship.engine.durable_state import FileStamp, StateFile, Truth
 from walship.engine.log import FrameRef
 from walship.engine.replica import Replica
 from walship.engine.watermarks import Watermarks
@@ -129,6 +129,31 @@ class TestNewGeneration:
         assert rebuilt(replica) == [(tip.txid + 1,) * 2, (tip.txid + 2,) * 2]
         replica.close()
         leader.close()
+
+    def test_a_generation_that_was_seen_to_begin_is_counted_from_its_own_base(self, tmp_path: Path) -> None:
+        """Its base is durable before the log goes past `next_base`, so any number of groups later it still counts."""
+        leader = filled(tmp_path / "n")
+        assert leader.leader.checkpoint()
+        first = leader.state.state.base
+        for number in range(200, 205):
+            leader.commit(f"INSERT INTO t VALUES({number}, 'logged')")
+        assert leader.state.state.base != first
+        tip = leader.tip.position
+        leader.write("INSERT INTO t VALUES(300, 'late')", "INSERT INTO t VALUES(301, 'late')")
+        _, replica = recovered(crash_image(tmp_path / "n", tmp_path / "image"))
+        assert rebuilt(replica) == [(tip.txid + 1,) * 2, (tip.txid + 2,) * 2]
+        assert not replica.differing
+        replica.close()
+        leader.close()
+
+    def test_a_clean_stop_is_believed_without_reading_every_page(self, tmp_path: Path) -> None:
+        """`next_base` and the file's stamp fit after a stop, also with a reader of another program attached."""
+        leader = filled(tmp_path / "n")
+        leader.close()
+        state = StateFile.open(tmp_path / "n").state
+        status = (tmp_path / "n" / "data.db").stat()
+        assert state.next_base == leader.recovered_tip.position.txid + 5
+        assert state.next_base_file == FileStamp(status.st_size, status.st_mtime_ns)
 
     def test_an_empty_wal_after_a_clean_stop_adds_nothing(self, tmp_path: Path) -> None:
         leader = filled(tmp_path / "n")
