@@ -47,7 +47,10 @@ def cluster(directory: Path, *, followers: int, ack: int) -> Iterator[Cluster]:
     command += ["--followers", str(followers), "--ack", str(ack), "--log-level", "warning"]
     with _running(command) as stdout:
         try:
-            yield Cluster(json.loads(stdout.readline()))
+            line = stdout.readline()
+            if not line:
+                raise RuntimeError("walship up ended before it was ready; its words and logs are above")
+            yield Cluster(json.loads(line))
         except BaseException:
             for path in sorted((directory / "logs").glob("*.log")):
                 print(f"--- {path.name}\n{path.read_text()[-4000:]}", file=sys.stderr)
