@@ -89,6 +89,11 @@ VERDICTS = [
     ("PRAGMA writable_schema = on", Kind.REFUSED),
     ("SELECT $a(;) + 1", READ),
     ("SELECT 'unterminated", READ),
+    ("SELECT 1, 2, 3, 4, 5, 6, 7, 8, 9, CHANGES ()", Kind.CONNECTION_STATE),
+    ('SELECT 1, 2, 3, 4, 5, 6, 7, 8, 9, "last_insert_rowid" /* c */ ()', Kind.CONNECTION_STATE),
+    ("SELECT 1, 2, 3, 4, 5, 6, 7, 8, 9 FROM a, b, [temp].c", Kind.CONNECTION_STATE),
+    ("SELECT 1, 2, 3, 4, 5, 6, 7, 8, 9 FROM sqlite_temp_master", Kind.CONNECTION_STATE),
+    ("SELECT 1, 2, 3, 4, 5, 6, 7, 8, 9, changes, temp, 'temp.a changes()' FROM audit -- changes()", READ),
     ("nonsense", WRITE),
     ("'text'", WRITE),
 ]
@@ -154,6 +159,12 @@ STATEMENTS = [
     "pragma user_version",
     "begin",
     "select '💥;' as é",
+    # longer than the head that is looked at token by token
+    "select 1, 2, 3, 4, 5, 6, 7, 8, 9, ';', \"a;\", [a;], `a;`, $v(;), 'it''s;' /* ; */ -- ;\n, 2 - -1 "
+    "from (select 1 as [a;])",
+    "insert into t values (1), (2), (3), (4), (5), (';'), (x'3b') /* ; */, (8.5e3), (- 9), (4 / 2), (?1), (:a)",
+    "create trigger long after insert on t when new.a > 1 or new.a < 1 or new.a = 1 or new.a is null "
+    "begin update t set a = case when 1 then 2 end where a = 1; delete from t where a = ';' and a = 2; end",
 ]
 BLANKS = ["", " ", "\n", "\t", "-- c;\n", "/* ; */", "/*'*/", "/**/", "/*/ ; */"]
 
@@ -223,6 +234,26 @@ def test_what_sqlite_calls_a_transaction_statement_we_do_too() -> None:
             except apsw.SQLError:
                 continue
             assert classify(sql).begins_transaction, sql
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "a," * 250_000,
+        "$" + "::" * 250_000 + "!",
+        "$(" * 250_000,
+        "select 1" + " $a(" * 250_000,
+        "select " + "/*" * 250_000,
+        "select " + "1-/" * 150_000,
+        "select 1" + ",temp" * 100_000,
+        "select 1, 2, 3, 4, 5, 6, 7, 8, 9 " + "[" * 500_000,
+        "select 1, 2, 3, 4, 5, 6, 7, 8, 9 " + "'a" * 250_001,
+    ],
+    ids=lambda sql: sql[:12],
+)
+def test_hostile_texts_take_linear_time(sql: str) -> None:
+    """It runs on event loops: anything quadratic in half a megabyte would run into the test's time limit."""
+    classify(sql)
 
 
 def test_long_texts_are_judged_but_not_kept() -> None:
