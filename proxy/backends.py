@@ -33,6 +33,7 @@ DEAD_SECONDS = 5.0
 """A link silent for so long is cut: reads go elsewhere, writes are answered "outcome unknown"."""
 
 CONNECT_SECONDS = 3.0
+CLUSTER_SECONDS = 1.0
 BACKOFF_SECONDS = (0.02, 1.0)
 WATCH_RETRY_SECONDS = 1.0
 
@@ -176,6 +177,7 @@ class Backends:
         self._waiters: set[asyncio.Future[None]] = set()
         self.leader_record: LeaderRecord | None = None
         self.cluster_record: ClusterRecord | None = None
+        self._cluster_known = asyncio.Event()
 
     def __iter__(self) -> Iterator[Backend]:
         return iter(self._nodes.values())
@@ -218,6 +220,7 @@ class Backends:
     def _cluster_changed(self, change: Change) -> None:
         if change.key == CLUSTER and change.state is not None:
             self.cluster_record = decode(ClusterRecord, change.key, change.state.value)
+            self._cluster_known.set()
 
     def _leader_changed(self, change: Change) -> None:
         if change.key == LEADER:
@@ -278,7 +281,14 @@ class Backends:
             self._on_lost(backend.name, generation)
             self._notify()
 
-        connection = LinkConnection(host=parts.netloc, name=backend.name, on_status=on_status, on_end=on_end)
+        cluster = await self._cluster()
+        connection = LinkConnection(
+            host=parts.netloc,
+            name=backend.name,
+            on_status=on_status,
+            on_end=on_end,
+            credential="" if cluster is None else cluster.credential("link"),
+        )
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await loop.create_connection(lambda: connection, host, port)
@@ -296,6 +306,13 @@ class Backends:
             connection.abort("the proxy closed the link")
         self._failed(backend, await ended)
         return connection.upgraded
+
+    async def _cluster(self) -> ClusterRecord | None:
+        """The cluster's record, which says what to show a node; it may come in a moment after the node's own."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLUSTER_SECONDS):
+                await self._cluster_known.wait()
+        return self.cluster_record
 
     def _start_without_leader(self) -> None:
         """Reads go on without a leader, also behind a proxy that just started, once enough voters were heard."""

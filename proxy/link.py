@@ -19,8 +19,10 @@ from typing import cast
 from walship.errors import Overloaded, ProtocolViolation, Unavailable
 from walship.formats.link import (
     CURSOR_WINDOW,
+    NO_POSITION,
     Chunk,
     CursorEnd,
+    CursorHead,
     Grant,
     LinkReader,
     Refusal,
@@ -56,7 +58,7 @@ class Cursor:
     At most `CURSOR_WINDOW` bytes wait here: the node goes on only after what was taken is granted again.
     """
 
-    __slots__ = ("_abandoned", "_chunks", "_connection", "_failure", "_id", "_taken_bytes", "_waiter", "end")
+    __slots__ = ("_abandoned", "_chunks", "_connection", "_failure", "_id", "_taken_bytes", "_waiter", "end", "position")
 
     def __init__(self, connection: LinkConnection, id: int) -> None:
         self._connection, self._id = connection, id
@@ -65,6 +67,7 @@ class Cursor:
         self._waiter: asyncio.Future[None] | None = None
         self._taken_bytes = 0
         self._abandoned = False
+        self.position = NO_POSITION  # covers the rows; there before the first of them
         self.end: CursorEnd | Refusal | None = None
 
     async def chunk(self) -> bytes | None:
@@ -99,8 +102,11 @@ class Cursor:
         if size and self.end is None:
             self._connection.grant(self._id, size)
 
-    def feed(self, message: Chunk | CursorEnd | Refusal | Exception) -> None:
+    def feed(self, message: CursorHead | Chunk | CursorEnd | Refusal | Exception) -> None:
         """Called by the connection."""
+        if isinstance(message, CursorHead):
+            self.position = message.position
+            return
         if isinstance(message, Chunk):
             if self._abandoned:
                 self._connection.grant(self._id, len(message.data))
@@ -117,13 +123,20 @@ class Cursor:
 class LinkConnection(asyncio.Protocol):
     """One connection, from its upgrade to its end.
 
-    Args: `on_status`, called for each STATUS; `on_end`, called once with a sentence when the connection is gone.
+    Args: `on_status`, called for each STATUS; `on_end`, called once with a sentence when the connection is gone;
+    `credential`, what the node asks of whoever links, empty when it asks nothing.
     """
 
     def __init__(
-        self, *, host: str, name: str, on_status: Callable[[Status], None], on_end: Callable[[str], None]
+        self,
+        *,
+        host: str,
+        name: str,
+        on_status: Callable[[Status], None],
+        on_end: Callable[[str], None],
+        credential: str = "",
     ) -> None:
-        self._host, self._name = host, name
+        self._host, self._name, self._credential = host, name, credential
         self._on_status, self._on_end = on_status, on_end
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -213,8 +226,9 @@ class LinkConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        shown = f"authorization: Walship {self._credential}\r\n" if self._credential else ""
         transport.write(
-            f"GET {UPGRADE_PATH} HTTP/1.1\r\nhost: {self._host}\r\n"
+            f"GET {UPGRADE_PATH} HTTP/1.1\r\nhost: {self._host}\r\n{shown}"
             "connection: upgrade\r\nupgrade: walship-link\r\n\r\n".encode()
         )
 
@@ -269,12 +283,12 @@ class LinkConnection(asyncio.Protocol):
     def _deliver(self, message: object) -> None:
         if isinstance(message, Status):
             self._on_status(message)
-        elif isinstance(message, Reply | Refusal | Chunk | CursorEnd):
+        elif isinstance(message, Reply | Refusal | Chunk | CursorEnd | CursorHead):
             waiter = self._waiting.get(message.id)
             if isinstance(waiter, Cursor):
                 if isinstance(message, Reply):
                     raise ProtocolViolation(f"link: a REPLY to cursor {message.id}")
-                if not isinstance(message, Chunk):
+                if not isinstance(message, Chunk | CursorHead):
                     del self._waiting[message.id]
                 waiter.feed(message)
             elif waiter is not None:

@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("walship", "walship.errors", "walship.metrics"),
     ("walship.formats",),
     ("walship.hrana",),
+    ("walship.front",),
     ("walship.sql",),
     ("walship.engine",),
     ("walship.replication",),
@@ -33,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("walship.node",),
     ("walship.cli", "walship.__main__"),
 )
-PROXY_MAY = ("walship", "formats", "hrana", "sql", "coordination", "errors", "metrics", "config")
+PROXY_MAY = ("walship", "formats", "hrana", "front", "sql", "coordination", "errors", "metrics", "config")
 
 
 def module_name(path: Path) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "UpConfig",
     "build",
     "environment_name",
+    "read_key_file",
 ]
 
 MIB = 1 << 20
@@ -63,6 +64,9 @@ class NodeConfig:
     log_keep_seconds: float = 3600.0  # longer than a restart or a reboot takes
     wal_max_bytes: int = 64 * MIB  # recovery of a -wal this large takes well under a second
     body_max_bytes: int = 16 * MIB
+    auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
+    auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
+    auth_status: bool = False  # /status and /metrics need a token too
     drain_seconds: float = 10.0
     log_level: str = "info"
 
@@ -84,6 +88,9 @@ class ProxyConfig:
     wait_seconds: float = 0.05  # above the apply lag of a healthy follower, below what a person notices
     deadline_seconds: float = 10.0  # a whole request, waits for a leader included
     body_max_bytes: int = 16 * MIB
+    auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
+    auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
+    auth_status: bool = False  # /status and /metrics need a token too
     drain_seconds: float = 10.0
     log_level: str = "info"
 
@@ -101,6 +108,9 @@ class UpConfig:
     json: bool = False
     log_max_bytes: int = GIB
     ready_seconds: float = 60.0
+    auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
+    auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
+    auth_status: bool = False  # /status and /metrics need a token too
     drain_seconds: float = 10.0
     log_level: str = "info"
 
@@ -113,23 +123,33 @@ class StatusConfig:
     json: bool = False
     watch: bool = False
     timeout_seconds: float = 5.0
+    auth_token: str | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
     """One key of a command: its flag without dashes, the parser, and what is allowed (for messages and the docs).
 
-    `parse` takes the raw value (text from flag or environment, a TOML value from a file) and gives the dataclass
-    fields; it raises ValueError for anything outside `allowed`.
+    The value of a `secret` one is in no message. `parse` takes the raw value (text from flag or environment, a TOML
+    value from a file) and gives the dataclass fields; it raises ValueError for anything outside `allowed`.
     """
 
     flag: str
     parse: Callable[[Any], dict[str, Any]]
     allowed: str
     required: bool = False
+    secret: bool = False
 
 
 C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig)
+
+
+def read_key_file(path: Path | None) -> bytes | None:
+    """The file of --auth-jwt-key. Raises UsageError when it cannot be read."""
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--auth-jwt-key {path}: {error.strerror}. Nothing was started") from error
 
 
 def environment_name(flag: str) -> str:
@@ -247,6 +267,14 @@ _LEVEL = Setting("log-level", _field("log_level", _text(_LEVELS)), _LEVELS.repla
 _BODY = Setting("body-max", _field("body_max_bytes", _size(64 << 10)), _SIZE_WORDS + ", at least 64KiB")
 _LOG_MAX = Setting("log-max", _field("log_max_bytes", _size(8 * MIB)), _SIZE_WORDS + ", at least 8MiB")
 _JSON = Setting("json", _field("json", _yes), "true or false")
+_AUTH_TOKEN = Setting(
+    "auth-token", _field("auth_token", _text(r"[!-~]{1,4096}")), "1 to 4096 visible ASCII characters", secret=True
+)
+_AUTH = (
+    _AUTH_TOKEN,
+    Setting("auth-jwt-key", _field("auth_jwt_key", _path), "a file of Ed25519 public keys: PEM, or one in base64url"),
+    Setting("auth-status", _field("auth_status", _yes), "true or false"),
+)
 _ACK_WORDS = "0 to 15 follower acknowledgments, fewer than there are voters"
 
 NODE = (
@@ -266,6 +294,7 @@ NODE = (
     Setting("log-keep-seconds", _field("log_keep_seconds", _seconds(0, 10**8)), "0 to 100000000 seconds"),
     Setting("wal-max", _field("wal_max_bytes", _size(1 * MIB)), _SIZE_WORDS + ", at least 1MiB"),
     _BODY,
+    *_AUTH,
     _DRAIN,
     _LEVEL,
 )
@@ -278,6 +307,7 @@ PROXY = (
     Setting("wait-seconds", _field("wait_seconds", _seconds(0, 60)), "0 to 60 seconds"),
     Setting("deadline-seconds", _field("deadline_seconds", _seconds(0.1, 600)), "0.1 to 600 seconds"),
     _BODY,
+    *_AUTH,
     _DRAIN,
     _LEVEL,
 )
@@ -291,6 +321,7 @@ UP = (
     _JSON,
     _LOG_MAX,
     Setting("ready-seconds", _field("ready_seconds", _seconds(1, 3600)), "1 to 3600 seconds"),
+    *_AUTH,
     _DRAIN,
     _LEVEL,
 )
@@ -300,6 +331,7 @@ STATUS = (
     _JSON,
     Setting("watch", _field("watch", _yes), "true or false"),
     Setting("timeout-seconds", _field("timeout_seconds", _seconds(0.1, 60)), "0.1 to 60 seconds"),
+    _AUTH_TOKEN,
 )
 
 _TABLES: dict[type[Any], tuple[str, tuple[Setting, ...]]] = {
@@ -345,7 +377,8 @@ def build(
         except UsageError as error:
             problems.append(f"{source}: {error}")
         except (ValueError, TypeError, OverflowError):
-            problems.append(f"{source} = {str(raw)[:100]!r} is not allowed; allowed: {setting.allowed}")
+            shown = "" if setting.secret else f" = {str(raw)[:100]!r}"
+            problems.append(f"{source}{shown} is not allowed; allowed: {setting.allowed}")
     if not problems:
         problems = _CROSS_CHECKS[kind](fields) if kind in _CROSS_CHECKS else []
     if problems:
@@ -393,6 +426,8 @@ def _check_node(fields: dict[str, Any]) -> list[str]:
 
 
 def _check_up(fields: dict[str, Any]) -> list[str]:
+    if fields.get("auth_status") and "auth_jwt_key" in fields and "auth_token" not in fields:
+        return ["--auth-status: `up` itself asks for /status and has no JWT; give --auth-token beside --auth-jwt-key"]
     voters = int(fields.get("followers", DEFAULT_FOLLOWERS)) + 1
     ack = fields.get("ack")
     return [_too_many(ack, voters)] if ack is not None and ack >= voters else []

@@ -20,6 +20,8 @@ def _every_error() -> list[errors.WalshipError]:
             made.append(errors.DatabaseRefused("/a", "b", "c"))
         elif kind is errors.NotLeader:
             made.append(errors.NotLeader("n1", "http://n1", 3))
+        elif kind is errors.AuthFailed:
+            made.append(errors.AuthFailed(403, "AUTH_READ_ONLY", "what happened"))
         elif kind in (errors.Refused, errors.StatementFailed):
             made.append(kind("one", "two"))
         else:

@@ -57,6 +57,9 @@ _DRAIN = _option("drain-seconds", "S", "Time to finish running requests when sto
 _LEVEL = _option("log-level", "LEVEL", "debug, info, warning or error. Default info.")
 _BODY = _option("body-max", "SIZE", "Largest request body. Default 16MiB.")
 _LOG_MAX = _option("log-max", "SIZE", "Most bytes of log a node keeps for followers that were away. Default 1GiB.")
+_AUTH_TOKEN = _option("auth-token", "TOKEN", "Token clients must show. Better in WALSHIP_AUTH_TOKEN: flags show in ps.")
+_AUTH_JWT_KEY = _option("auth-jwt-key", "FILE", "Ed25519 public keys: their JWTs are taken as tokens.")
+_AUTH_STATUS = _option("auth-status", "", "Ask for a token on /status and /metrics too.")
 _JSON = _option("json", "", "One line of JSON, shaped as /status, instead of words.")
 
 
@@ -103,6 +106,9 @@ def up(
     json: Annotated[Flag, _JSON] = None,
     log_max: Annotated[Text, _LOG_MAX] = None,
     ready_seconds: Annotated[Text, _option("ready-seconds", "S", "Give up if not healthy by then. Default 60.")] = None,
+    auth_token: Annotated[Text, _AUTH_TOKEN] = None,
+    auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
+    auth_status: Annotated[Flag, _AUTH_STATUS] = None,
     drain_seconds: Annotated[Text, _DRAIN] = None,
     log_level: Annotated[Text, _LEVEL] = None,
     config: ConfigFile = None,
@@ -118,6 +124,9 @@ def up(
         json=json or None,
         log_max=log_max,
         ready_seconds=ready_seconds,
+        auth_token=auth_token,
+        auth_jwt_key=auth_jwt_key,
+        auth_status=auth_status or None,
         drain_seconds=drain_seconds,
         log_level=log_level,
     )
@@ -167,6 +176,9 @@ def node(
     ] = None,
     wal_max: Annotated[Text, _option("wal-max", "SIZE", "Checkpoint before the -wal is larger. Default 64MiB.")] = None,
     body_max: Annotated[Text, _BODY] = None,
+    auth_token: Annotated[Text, _AUTH_TOKEN] = None,
+    auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
+    auth_status: Annotated[Flag, _AUTH_STATUS] = None,
     drain_seconds: Annotated[Text, _DRAIN] = None,
     log_level: Annotated[Text, _LEVEL] = None,
     config: ConfigFile = None,
@@ -190,6 +202,9 @@ def node(
         log_keep_seconds=log_keep_seconds,
         wal_max=wal_max,
         body_max=body_max,
+        auth_token=auth_token,
+        auth_jwt_key=auth_jwt_key,
+        auth_status=auth_status or None,
         drain_seconds=drain_seconds,
         log_level=log_level,
     )
@@ -217,6 +232,9 @@ def proxy(
         Text, _option("deadline-seconds", "S", "Longest time for a whole request. Default 10.")
     ] = None,
     body_max: Annotated[Text, _BODY] = None,
+    auth_token: Annotated[Text, _AUTH_TOKEN] = None,
+    auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
+    auth_status: Annotated[Flag, _AUTH_STATUS] = None,
     drain_seconds: Annotated[Text, _DRAIN] = None,
     log_level: Annotated[Text, _LEVEL] = None,
     config: ConfigFile = None,
@@ -231,6 +249,9 @@ def proxy(
         wait_seconds=wait_seconds,
         deadline_seconds=deadline_seconds,
         body_max=body_max,
+        auth_token=auth_token,
+        auth_jwt_key=auth_jwt_key,
+        auth_status=auth_status or None,
         drain_seconds=drain_seconds,
         log_level=log_level,
     )
@@ -255,10 +276,17 @@ def status(
     json: Annotated[Flag, _JSON] = None,
     watch: Annotated[Flag, _option("watch", "", "Ask again every second until Ctrl-C.")] = None,
     timeout_seconds: Annotated[Text, _option("timeout-seconds", "S", "Give up after this long. Default 5.")] = None,
+    auth_token: Annotated[Text, _AUTH_TOKEN] = None,
     config: ConfigFile = None,
 ) -> int:
     settings = _build(
-        StatusConfig, config, url=url, json=json or None, watch=watch or None, timeout_seconds=timeout_seconds
+        StatusConfig,
+        config,
+        url=url,
+        json=json or None,
+        watch=watch or None,
+        timeout_seconds=timeout_seconds,
+        auth_token=auth_token,
     )
     from walship.cli.status import run as run_status
 

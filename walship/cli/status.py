@@ -24,7 +24,8 @@ _COLUMNS = ("node", "role", "healthy", "position", "durable", "lag_txids", "lag_
 
 def run(config: StatusConfig) -> int:
     console = output.console()
-    with httpx.Client(timeout=config.timeout_seconds) as client:
+    headers = {} if config.auth_token is None else {"authorization": f"Bearer {config.auth_token}"}
+    with httpx.Client(timeout=config.timeout_seconds, headers=headers) as client:
         if not config.watch:
             _show_once(ask(client, config.url), as_json=config.json)
             return 0
@@ -46,6 +47,8 @@ def ask(client: httpx.Client, url: str) -> dict[str, Any]:
         reply = client.get(f"{url}/status")
         found = reply.raise_for_status().json()
     except httpx.HTTPStatusError as error:
+        if error.response.status_code == 401:
+            raise Unavailable(f"{url}/status asks for a token; give --auth-token or WALSHIP_AUTH_TOKEN") from error
         raise Unavailable(f"{url}/status answered {error.response.status_code}: is this a walship proxy?") from error
     except httpx.HTTPError as error:
         raise Unavailable(

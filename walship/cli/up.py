@@ -28,10 +28,11 @@ import httpx
 from walship.cli import adopt, output
 from walship.cli.children import Child
 from walship.cli.status import describe
-from walship.config import DEFAULT_FOLLOWERS, NODE, PROXY, STATUS, UP, UpConfig, environment_name
+from walship.config import DEFAULT_FOLLOWERS, NODE, PROXY, STATUS, UP, UpConfig, environment_name, read_key_file
 from walship.coordination.file_store import FileStore, HeldLock
 from walship.coordination.record import ClusterRecord, create_cluster, read_cluster, read_leader
 from walship.errors import StorageFailed, StoreUnavailable, Unavailable, UsageError, WalshipError
+from walship.hrana.auth import Authenticator
 
 __all__ = ["run"]
 
@@ -54,6 +55,7 @@ class _Plan:
 def run(config: UpConfig) -> int:
     """Run until a signal (0) or a failure (raised). Blocks; the cluster lives in child processes."""
     config = dataclasses.replace(config, data_dir=config.data_dir.absolute())
+    Authenticator.of(config.auth_token, read_key_file(config.auth_jwt_key))  # a bad key is said before anything starts
     return asyncio.run(_up(config))
 
 
@@ -148,6 +150,7 @@ async def _plan(store: FileStore, config: UpConfig, port: int) -> _Plan:
         voters=voters,
         acks=min(1, followers) if config.ack is None else config.ack,
         database=str(database or ""),
+        secret=secrets.token_hex(32),
     )
     await create_cluster(store, record)
     return _Plan(record, True, database, port, cluster_url)
@@ -180,7 +183,7 @@ async def _run_cluster(
 ) -> WalshipError | None:
     """Run the children until `end`, then stop them; returns why it ended, None for a signal."""
     children = _children(config, plan)
-    environment = _child_environment(os.environ)
+    environment = _child_environment(os.environ, config)
 
     async def until_end(work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -204,10 +207,15 @@ async def _run_cluster(
 def _children(config: UpConfig, plan: _Plan) -> list[Child]:
     walship = [sys.executable, "-m", "walship"]
 
+    both = ["--drain-seconds", str(config.drain_seconds), "--log-level", config.log_level]
+    if config.auth_jwt_key is not None:
+        both += ["--auth-jwt-key", str(config.auth_jwt_key)]
+    if config.auth_status:
+        both += ["--auth-status"]
+
     def node(name: str, *, first: bool) -> list[str]:
         words = [*walship, "node", "--name", name, "--data", str(config.data_dir / name), "--cluster", plan.cluster_url]
-        words += ["--listen", "127.0.0.1:0", "--log-max", str(config.log_max_bytes)]
-        words += ["--drain-seconds", str(config.drain_seconds), "--log-level", config.log_level]
+        words += ["--listen", "127.0.0.1:0", "--log-max", str(config.log_max_bytes), *both]
         if first and plan.founding:
             words += ["--init", "--voters", ",".join(plan.record.voters), "--ack", str(plan.record.acks)]
         if first and plan.founding and plan.database is not None:
@@ -216,7 +224,7 @@ def _children(config: UpConfig, plan: _Plan) -> list[Child]:
 
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
     proxy = [*walship, "proxy", "--name", PROXY_NAME, "--cluster", plan.cluster_url, "--listen", f"{host}:{plan.port}"]
-    proxy += ["--drain-seconds", str(config.drain_seconds), "--log-level", config.log_level]
+    proxy += both
     logs = config.data_dir / "logs"
     nodes = [
         Child(name, node(name, first=index == 0), log_path=logs / f"{name}.log", say=_say)
@@ -229,10 +237,14 @@ def _say(text: str) -> None:
     output.note(f"walship: {text}")
 
 
-def _child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Ours without our settings: WALSHIP_LISTEN is for the proxy's address, not for each node's."""
+def _child_environment(environ: Mapping[str, str], config: UpConfig) -> dict[str, str]:
+    """Ours without our settings: WALSHIP_LISTEN is for the proxy's address, not for each node's.
+
+    The token goes this way and not as a flag, since everybody on the machine can read a process's flags.
+    """
     ours = {environment_name(setting.flag) for table in (NODE, PROXY, UP, STATUS) for setting in table}
-    return {name: value for name, value in environ.items() if name not in ours} | {"PYTHONUNBUFFERED": "1"}
+    kept = {name: value for name, value in environ.items() if name not in ours} | {"PYTHONUNBUFFERED": "1"}
+    return kept if config.auth_token is None else kept | {environment_name("auth-token"): config.auth_token}
 
 
 async def _announce(config: UpConfig, plan: _Plan) -> None:
@@ -279,7 +291,8 @@ def _client_url(host: str, port: int) -> str:
 
 async def _wait_ready(url: str, names: set[str], config: UpConfig) -> dict[str, Any]:
     missing: str = "the proxy does not answer yet"
-    async with httpx.AsyncClient(timeout=2.0) as client:
+    headers = {} if config.auth_token is None else {"authorization": f"Bearer {config.auth_token}"}
+    async with httpx.AsyncClient(timeout=2.0, headers=headers) as client:
         until = time.monotonic() + config.ready_seconds
         while time.monotonic() < until:
             try:

@@ -6,6 +6,7 @@
 | `leader`        | `LeaderRecord`  | compare-and-swap only; the term grows by one a claim, never falls     |
 | `terms/<t>`     | `TermRecord`    | written once, when term t begins to serve                             |
 | `nodes/<name>`  | `NodeRecord`    | its node, at each start                                               |
+| `generations`   | `GenerationsRecord` | the leader, by compare-and-swap; numbers only grow               |
 
 A record is JSON with its own `format` number, so that a newer walship's record is refused in words and not misread.
 """
@@ -13,6 +14,7 @@ A record is JSON with its own `format` number, so that a newer walship's record 
 from __future__ import annotations
 
 import dataclasses
+import hmac
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Generic, TypeVar
@@ -24,9 +26,12 @@ from walship.errors import CompareFailed, CorruptState, Fenced, Refused, UsageEr
 
 __all__ = [
     "CLUSTER",
+    "GENERATIONS",
     "LEADER",
     "NODES",
     "ClusterRecord",
+    "Generation",
+    "GenerationsRecord",
     "LeaderRecord",
     "NodeRecord",
     "Phase",
@@ -40,6 +45,7 @@ __all__ = [
     "encode",
     "node_key",
     "read_cluster",
+    "read_generations",
     "read_leader",
     "read_nodes",
     "read_terms",
@@ -49,6 +55,7 @@ __all__ = [
 
 CLUSTER = "cluster"
 LEADER = "leader"
+GENERATIONS = "generations"
 TERMS = "terms/"
 NODES = "nodes/"
 FORMAT = 1
@@ -72,7 +79,10 @@ class TermStart(msgspec.Struct, frozen=True):
 
 
 class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What makes a cluster one: its id (32 hex digits), its voters by name, the number of follower acks."""
+    """What makes a cluster one: its id (32 hex digits), its voters by name, the number of follower acks.
+
+    `secret` is what its processes know each other by (`credential`); empty in a cluster founded before there was one.
+    """
 
     format: int = FORMAT
     cluster_id: str
@@ -80,6 +90,19 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
     voters: tuple[str, ...]
     acks: int
     database: str = ""  # path of the first node's database as given to `up`; for people, and to notice another one
+    secret: str = ""  # random, 64 hex digits
+
+    def credential(self, purpose: str) -> str:
+        """What a process of this cluster shows when it opens a connection of its own for `purpose`; empty: nothing.
+
+        Derived, so that whoever sees one on the wire has neither the secret nor the credential of another purpose.
+        """
+        if not self.secret:
+            return ""
+        return hmac.digest(self.secret.encode(), f"walship {purpose} 1".encode(), "sha256").hex()
+
+    def __repr__(self) -> str:
+        return f"ClusterRecord({self.cluster_id}, voters={self.voters}, acks={self.acks})"  # never the secret
 
 
 class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +143,27 @@ class TermRecord(msgspec.Struct, frozen=True, kw_only=True):
     start: TermStart
 
 
-R = TypeVar("R", ClusterRecord, LeaderRecord, NodeRecord, TermRecord)
+class Generation(msgspec.Struct, frozen=True):
+    """A range of history that embedded replicas number from 1: it starts after position (term, txid).
+
+    unnumbered: a machine lost its page cache inside it and rebuilt frames, so nodes may number them differently; a
+    client that has not finished it must begin again.
+    """
+
+    number: int
+    term: int
+    txid: int
+    unnumbered: bool = False
+
+
+class GenerationsRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest generations, ascending by one; the last is current."""
+
+    format: int = FORMAT
+    generations: tuple[Generation, ...]
+
+
+R = TypeVar("R", ClusterRecord, LeaderRecord, NodeRecord, TermRecord, GenerationsRecord)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,7 +178,7 @@ class _Format(msgspec.Struct):
     format: int
 
 
-def encode(record: ClusterRecord | LeaderRecord | NodeRecord | TermRecord) -> bytes:
+def encode(record: ClusterRecord | LeaderRecord | NodeRecord | TermRecord | GenerationsRecord) -> bytes:
     """The record as JSON."""
     return msgspec.json.encode(record)
 
@@ -169,6 +212,10 @@ async def read_cluster(store: Store) -> Seen[ClusterRecord] | None:
 
 async def read_leader(store: Store) -> Seen[LeaderRecord] | None:
     return await _read(store, LeaderRecord, LEADER)
+
+
+async def read_generations(store: Store) -> Seen[GenerationsRecord] | None:
+    return await _read(store, GenerationsRecord, GENERATIONS)
 
 
 async def read_nodes(store: Store) -> dict[str, NodeRecord]:

@@ -21,7 +21,7 @@ from walship.errors import AuthFailed
 if TYPE_CHECKING:
     from walship.hrana.jwt import Claims, Keys
 
-__all__ = ["FULL", "READ_ONLY", "Authenticator", "Gate", "Grant", "may_not_write"]
+__all__ = ["FULL", "OPEN", "READ_ONLY", "Authenticator", "Gate", "Grant", "may_not_write"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,9 @@ class Gate:
             return READ_ONLY
         return self.authenticator.check(_authorization(headers))
 
+
+OPEN: Final = Gate(Authenticator())
+"""Lets everybody in."""
 
 _OPEN: Final = frozenset({"/health", "/version", "/v1", "/v2", "/v3"})
 _STATUS: Final = frozenset({"/status", "/metrics"})

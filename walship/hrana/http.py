@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from http import HTTPStatus
 from typing import Final
 
 import msgspec
@@ -46,6 +47,8 @@ __all__ = [
     "Verb",
     "body_too_large",
     "failure",
+    "head_too_large",
+    "request_too_slow",
     "stream_expired",
 ]
 
@@ -109,6 +112,14 @@ class Failure:
     content_type: str
     body: bytes
 
+    def to_http(self) -> bytes:
+        """A whole HTTP/1.1 answer that ends its connection, for where no application can give one."""
+        head = (
+            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\ncontent-type: {self.content_type}\r\n"
+            f"content-length: {len(self.body)}\r\naccess-control-allow-origin: *\r\nconnection: close\r\n\r\n"
+        )
+        return head.encode("ascii") + self.body
+
 
 def failure(error: WalshipError) -> Failure:
     """How `error` looks to an HTTP client."""
@@ -131,6 +142,17 @@ def body_too_large(limit_bytes: int) -> Failure:
     """The body of a request exceeds what this server takes. Nothing was run."""
     message = f"The request body exceeds {limit_bytes} bytes; nothing was run. Send it in smaller pieces."
     return _json_failure(413, message, "REQUEST_TOO_LARGE")
+
+
+def head_too_large(limit_bytes: int) -> Failure:
+    """The head of a request exceeds what this server takes."""
+    message = f"The head of the request exceeds {limit_bytes} bytes; nothing was run. Send fewer or shorter headers."
+    return _json_failure(431, message, "REQUEST_HEAD_TOO_LARGE")
+
+
+def request_too_slow() -> Failure:
+    """A request did not arrive whole in the time allowed. Nothing was run."""
+    return _json_failure(408, "The request did not arrive in time; nothing was run. Send it again.", "REQUEST_TIMEOUT")
 
 
 def _json_failure(status: int, message: str, code: str, extra: dict[str, str | int | None] | None = None) -> Failure:

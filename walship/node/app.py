@@ -35,8 +35,10 @@ from starlette.routing import Route
 
 from walship import __version__
 from walship.errors import (
+    AuthFailed,
     CorruptRecord,
     NotDone,
+    NotReadOnly,
     ProtocolViolation,
     StatementFailed,
     TransactionTimeout,
@@ -44,7 +46,9 @@ from walship.errors import (
     WalshipError,
 )
 from walship.formats.position import Position
+from walship.front.body import Bodies, BodyRefused
 from walship.hrana import http, json
+from walship.hrana.auth import OPEN, Gate, Grant, may_not_write
 from walship.hrana.baton import CLOSED
 from walship.hrana.types import (
     Batch,
@@ -96,7 +100,6 @@ class Pages(Protocol):
 
 # A client may think between rows, but its read transaction keeps the -wal from restarting.
 STALL_SECONDS: Final = 60.0
-DISCARD_SECONDS: Final = 5.0
 # Web clients call from anywhere (hrana.md 1.1); `*` in allow-headers does not cover Authorization, so it is named.
 _CORS: Final[Headers] = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
 _PREFLIGHT: Final[Headers] = [
@@ -117,6 +120,7 @@ class NodeApp:
         name: of the node; sent as `walship-served-by`.
         max_body_bytes: longer request bodies are refused with 413, unread.
         baton_key: signs batons; random unless batons must survive this process.
+        gate: who is let in; by default everybody.
     """
 
     def __init__(
@@ -127,9 +131,11 @@ class NodeApp:
         name: str,
         max_body_bytes: int = http.DEFAULT_MAX_BODY_BYTES,
         baton_key: bytes | None = None,
+        gate: Gate = OPEN,
     ) -> None:
         self._service = service
-        self._max_body_bytes = max_body_bytes
+        self._bodies = Bodies(max_body_bytes)
+        self._gate = gate
         # Batons are signed, so ids need not be secret; asking the kernel for each would let go of the GIL, and under
         # writes getting it back from the writer thread costs far more than the call.
         rng = random.Random(secrets.token_bytes(32))
@@ -141,6 +147,11 @@ class NodeApp:
         if scope["type"] != "http":
             return
         method: str = scope["method"]
+        try:
+            scope["walship.grant"] = self._gate.admit(method, scope["path"], scope["headers"])
+        except AuthFailed as error:
+            await self._fail(http.failure(error), send)
+            return
         endpoint = http.ENDPOINTS.get(scope["path"]) if method == "POST" else None
         if endpoint is not None:
             await self._hrana(endpoint, scope, receive, send)
@@ -151,23 +162,28 @@ class NodeApp:
             await self._pages(scope, receive, send)
 
     async def _hrana(self, endpoint: http.Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        grant: Grant = scope["walship.grant"]
+        body: bytes | None = None
         try:
-            body = await _body(scope, receive, self._max_body_bytes)
+            body = await self._bodies.read(scope["headers"], receive)
             if body is None:
                 return
             level, floor = _freshness(scope["headers"])
             if endpoint.verb is http.Verb.PIPELINE:
-                await self._pipeline(body, endpoint.version, level, floor, send)
+                await self._pipeline(body, endpoint.version, level, floor, grant, send)
             else:
-                await self._cursor(body, level, floor, receive, send)
-        except _TooLarge as error:
-            if error.more_body:
-                await _discard_body(receive, 4 * self._max_body_bytes)
-            await self._fail(http.body_too_large(self._max_body_bytes), send, close=True)
+                await self._cursor(body, level, floor, grant, receive, send)
+        except BodyRefused as refused:
+            await self._fail(refused.failure, send, close=True)
         except WalshipError as error:
-            await self._fail(http.failure(error), send)
+            refusal = may_not_write() if isinstance(error, NotReadOnly) and not grant.may_write else error
+            await self._fail(http.failure(refusal), send)
+        finally:
+            self._bodies.release(body)
 
-    async def _pipeline(self, body: bytes, version: int, level: Level, floor: Position | None, send: Send) -> None:
+    async def _pipeline(
+        self, body: bytes, version: int, level: Level, floor: Position | None, grant: Grant, send: Send
+    ) -> None:
         decoded = json.decode_pipeline(body, version=version)
         stream = self._streams.begin(decoded.baton)
         call = Call(
@@ -175,6 +191,7 @@ class NodeApp:
             stream=stream.service_stream,
             floor=floor,
             level=level,
+            read_only=not grant.may_write,
             keep=True,
             version=version,
         )
@@ -192,10 +209,19 @@ class NodeApp:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": data})
 
-    async def _cursor(self, body: bytes, level: Level, floor: Position | None, receive: Receive, send: Send) -> None:
+    async def _cursor(
+        self, body: bytes, level: Level, floor: Position | None, grant: Grant, receive: Receive, send: Send
+    ) -> None:
         decoded = json.decode_cursor(body)
         stream = self._streams.begin(decoded.baton)
-        call = Call(requests=[], stream=stream.service_stream, floor=floor, level=level, keep=True)
+        call = Call(
+            requests=[],
+            stream=stream.service_stream,
+            floor=floor,
+            level=level,
+            read_only=not grant.may_write,
+            keep=True,
+        )
         reply = await self._run(stream, call, lambda call: self._service.cursor(call, decoded.batch))
         # The head goes out before the batch has run, so its baton must assume what the batch may do. The client may
         # use that baton at once, so the stream is free from here on; the service keeps its requests in order.
@@ -248,54 +274,10 @@ class NodeApp:
         ]
         if close:
             headers.append((b"connection", b"close"))
+        if failure.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
         await send({"type": "http.response.start", "status": failure.status, "headers": headers})
         await send({"type": "http.response.body", "body": failure.body})
-
-
-class _TooLarge(Exception):
-    """The body passes the limit. `more_body`: some of it has not been received yet."""
-
-    def __init__(self, *, more_body: bool) -> None:
-        super().__init__(more_body)
-        self.more_body = more_body
-
-
-async def _body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes | None:
-    """The whole body; None when the client went away. Raises _TooLarge as soon as that is known."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value[:20]) > limit_bytes:
-            raise _TooLarge(more_body=True)
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        return None
-    if not message.get("more_body", False):
-        whole: bytes = message.get("body", b"")
-        if len(whole) > limit_bytes:
-            raise _TooLarge(more_body=False)
-        return whole
-    parts = bytearray(message.get("body", b""))
-    while message.get("more_body", False):
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts += message.get("body", b"")
-        if len(parts) > limit_bytes:
-            raise _TooLarge(more_body=message.get("more_body", False))
-    return bytes(parts)
-
-
-async def _discard_body(receive: Receive, limit_bytes: int) -> None:
-    """Read on for a while: closing on a client that still sends would reset it before it has read the answer."""
-    left = limit_bytes
-    try:
-        async with asyncio.timeout(DISCARD_SECONDS):
-            while left > 0:
-                message = await receive()
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
-                left -= len(message.get("body", b""))
-    except TimeoutError:
-        return
 
 
 def _freshness(headers: Headers) -> tuple[Level, Position | None]:

@@ -4,21 +4,25 @@ Replication and the proxy link share the node's one port. A connection whose fir
 an Upgrade header is answered `101 Switching Protocols` and handed over, as a pair of asyncio streams, to the handler
 registered for its path. Every other connection is plain uvicorn from its first byte on; the price is one look.
 
-It leans on uvicorn's internals (`HttpToolsProtocol`, pinned in pyproject.toml); tests/node holds the contract.
+Whoever links could write past every token and read all data, so it must show the credential of the cluster
+(`Authorization: Walship ...`, ClusterRecord.credential); a stranger is answered 401.
+
+It leans on uvicorn's internals (by `walship.front.protocol`, pinned in pyproject.toml); tests/node holds the contract.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-from walship.errors import WalshipError
+from walship.errors import AuthFailed, WalshipError
+from walship.front.protocol import BoundedProtocol, Bounds
+from walship.hrana.http import failure
 
 __all__ = ["Handler", "Upgrades"]
 
@@ -45,8 +49,17 @@ class Upgrades:
     unexpected error of a handler surfaces.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler], *, end_seconds: float = 5.0) -> None:
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler],
+        *,
+        credentials: Mapping[str, str] | None = None,
+        bounds: Bounds | None = None,
+        end_seconds: float = 5.0,
+    ) -> None:
         self._handlers = {path.encode("ascii"): handler for path, handler in handlers.items()}
+        self._credentials = {path.encode("ascii"): text.encode() for path, text in (credentials or {}).items() if text}
+        self._bounds = bounds or Bounds()
         self._end_seconds = end_seconds
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,9 +84,14 @@ class Upgrades:
             task.cancel()
         await group.__aexit__(kind, error, traceback)
 
-    def protocol(self) -> type[HttpToolsProtocol]:
+    def protocol(self) -> type[BoundedProtocol]:
         """The class for `uvicorn.Config(http=...)`."""
-        return type("UpgradingProtocol", (_UpgradingProtocol,), {"upgrades": self})
+        return type("UpgradingProtocol", (_UpgradingProtocol,), {"upgrades": self, "bounds": self._bounds})
+
+    def admits(self, path: bytes, shown: bytes) -> bool:
+        """Is `shown` the credential asked for at `path`? True when none is."""
+        credential = self._credentials.get(path)
+        return credential is None or hmac.compare_digest(credential, shown)
 
     def take(self, path: bytes) -> Handler | None:
         """The handler for `path`, or None when there is none."""
@@ -105,7 +123,7 @@ class Upgrades:
             writer.close()
 
 
-class _UpgradingProtocol(HttpToolsProtocol):
+class _UpgradingProtocol(BoundedProtocol):
     """Holds the first bytes back while they may still be an upgrade of ours, then decides once."""
 
     upgrades: Upgrades
@@ -156,12 +174,17 @@ class _UpgradingProtocol(HttpToolsProtocol):
     def _decide(self, head: bytes, rest: bytes) -> None:
         line = _REQUEST_LINE.match(head)
         handler = self.upgrades.take(line[1]) if line else None
-        token = _upgrade_token(head, line.end()) if line else None
+        token, shown = _asked(head, line.end()) if line else (None, b"")
         if line is None or handler is None or token is None:
             self._go_on_as_http()
             return
         self._stop_timer()
         self._first = None
+        self.let_go()
+        if not self.upgrades.admits(line[1], shown):
+            log.warning("refuse upgrade path=%s peer=%s: not of this cluster", line[1].decode("ascii"), self.client)
+            self._refuse(failure(AuthFailed(401, "AUTH_CLUSTER", "this port is for processes of this cluster")))
+            return
         reader = asyncio.StreamReader(limit=BUFFER_BYTES, loop=self.loop)
         streams = asyncio.StreamReaderProtocol(reader, loop=self.loop)
         # From here on uvicorn does not know the connection: `Upgrades` ends it.
@@ -181,14 +204,16 @@ class _UpgradingProtocol(HttpToolsProtocol):
             writer.close()
 
 
-def _upgrade_token(head: bytes, start: int) -> str | None:
-    """What the client asks to upgrade to; None when it does not, or not properly."""
+def _asked(head: bytes, start: int) -> tuple[str | None, bytes]:
+    """What the client asks to upgrade to (None when it does not, or not properly), and the credential it shows."""
     asked: str | None = None
-    connection = ""
+    connection, shown = "", b""
     for name, value in _HEADER.findall(head, start):
         if name.lower() == b"upgrade":
             asked = value.decode("latin-1")
         elif name.lower() == b"connection":
             connection += "," + value.decode("latin-1").lower()
+        elif name.lower() == b"authorization":
+            shown = value.removeprefix(b"Walship ")
     wants = "upgrade" in [word.strip() for word in connection.split(",")]
-    return asked if wants and asked is not None and _UPGRADE_TOKEN.fullmatch(asked) else None
+    return asked if wants and asked is not None and _UPGRADE_TOKEN.fullmatch(asked) else None, shown

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from walship.errors import UsageError
+from walship.front.protocol import Bounds
 from walship.node.http_protocol import Handler, Upgrades
 
 __all__ = ["Address", "bind", "serving"]
@@ -66,6 +67,8 @@ async def serving(
     listener: socket.socket,
     *,
     upgrades: Mapping[str, Handler] | None = None,
+    credentials: Mapping[str, str] | None = None,
+    bounds: Bounds | None = None,
     drain_seconds: float = 10.0,
 ) -> AsyncIterator[Address]:
     """Serve `app` on `listener` while inside; the socket is closed at the end.
@@ -74,10 +77,11 @@ async def serving(
         app: an ASGI application.
         upgrades: handlers of upgraded connections by path; they should end by themselves soon after leaving begins,
             else they are cancelled after `drain_seconds`.
+        credentials: what whoever upgrades must show, by path; an empty one is not asked for.
         drain_seconds: how long requests that are running may take to finish.
     """
     host, port = listener.getsockname()[:2]
-    async with Upgrades(upgrades or {}, end_seconds=drain_seconds) as taken:
+    async with Upgrades(upgrades or {}, credentials=credentials, bounds=bounds, end_seconds=drain_seconds) as taken:
         server = uvicorn.Server(_config(app, taken, drain_seconds))
         started = asyncio.Event()
         async with asyncio.TaskGroup() as group:

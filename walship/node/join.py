@@ -106,6 +106,7 @@ async def _found_cluster(config: NodeConfig, store: Store, state: StateFile | No
         voters=config.voters or (config.name,),
         acks=config.ack,
         database=str(config.database or ""),
+        secret=secrets.token_hex(32),
     )
     try:
         return await create_cluster(store, record)

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from walship.config import NodeConfig
+from walship.config import NodeConfig, read_key_file
 from walship.coordination.record import (
     LEADER,
     LeaderRecord,
@@ -50,6 +50,7 @@ from walship.engine.writer import Writer
 from walship.errors import CorruptData, Draining, NotLeader, Unavailable, WalshipError
 from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
+from walship.hrana.auth import Authenticator, Gate
 from walship.hrana.types import Batch, Level
 from walship.node.app import NodeApp
 from walship.node.http_server import bind, serving
@@ -337,7 +338,8 @@ class Node:
             on_failure=self.fail,
         )
         identity = Identity(self.cluster, self.node_id, self.name, self.boot_nonce)
-        self.subscriber = Subscriber(self.follower, self._locate_leader, identity)
+        credential = member.record.credential("replication")
+        self.subscriber = Subscriber(self.follower, self._locate_leader, identity, credential=credential)
 
     async def _subscribe(self, subscriber: Subscriber) -> None:
         try:
@@ -539,11 +541,15 @@ async def run(config: NodeConfig) -> int:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, node.stop.set)
-            app = NodeApp(node, node.report, name=node.name, max_body_bytes=config.body_max_bytes)
+            gate = Gate(Authenticator.of(config.auth_token, read_key_file(config.auth_jwt_key)), config.auth_status)
+            app = NodeApp(node, node.report, name=node.name, max_body_bytes=config.body_max_bytes, gate=gate)
             upgrades = {"/walship/link": node.links.serve}
             if node.publisher is not None:
                 upgrades["/walship/replication"] = node.publisher.serve
-            async with serving(app, listener, upgrades=upgrades, drain_seconds=config.drain_seconds):
+            credentials = {path: member.record.credential(path.rpartition("/")[2]) for path in upgrades}
+            async with serving(
+                app, listener, upgrades=upgrades, credentials=credentials, drain_seconds=config.drain_seconds
+            ):
                 _say_ready(node)
                 failure = await node.serve()
                 if failure is not None:

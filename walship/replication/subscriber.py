@@ -59,6 +59,7 @@ class Subscriber:
 
     Args:
         locate_leader: returns (url, term) of the leader, or None; may wait for a change, with a bound.
+        credential: what the leader asks of those who connect; empty when it asks nothing.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Subscriber:
         locate_leader: Callable[[], Awaitable[tuple[str, int] | None]],
         identity: Identity,
         *,
+        credential: str = "",
         limits: SubscriberLimits | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -74,6 +76,7 @@ class Subscriber:
         self._sink = sink
         self._locate_leader = locate_leader
         self._identity = identity
+        self._credential = credential
         self._limits = limits or SubscriberLimits()
         self._uniform = uniform
         self._reseed: str | None = None
@@ -153,7 +156,9 @@ class Subscriber:
             raise Fenced(f"the record names a leader of term {term}, but term {self._sink.promised} is promised here")
         self._connecting = True
         try:
-            reader, writer = await connect(self._url, timeout_seconds=self._limits.connect_seconds)
+            reader, writer = await connect(
+                self._url, timeout_seconds=self._limits.connect_seconds, credential=self._credential
+            )
         finally:
             self._connecting = False
         self._receiver = receiver = Receiver(

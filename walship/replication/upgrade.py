@@ -18,11 +18,12 @@ _MAX_HEAD_BYTES = 16 << 10
 _BUFFER_BYTES = 1 << 20  # of the reader; it pauses the socket at twice this
 
 
-def request_bytes(host: str) -> bytes:
-    """Return the request that asks for the upgrade; `host` is the Host header."""
-    return (f"GET {PATH} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL_NAME}\r\n\r\n").encode(
-        "ascii"
-    )
+def request_bytes(host: str, credential: str = "") -> bytes:
+    """Return the request that asks for the upgrade; `host` is the Host header, `credential` what the node asks for."""
+    shown = f"Authorization: Walship {credential}\r\n" if credential else ""
+    return (
+        f"GET {PATH} HTTP/1.1\r\nHost: {host}\r\n{shown}Connection: Upgrade\r\nUpgrade: {PROTOCOL_NAME}\r\n\r\n"
+    ).encode("ascii")
 
 
 def _check_answer(head: bytes, url: str) -> None:
@@ -35,7 +36,9 @@ def _check_answer(head: bytes, url: str) -> None:
         raise Unavailable(f"{url} did not open a replication stream: it answered {lines[0][:80]!r}")
 
 
-async def connect(url: str, *, timeout_seconds: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(
+    url: str, *, timeout_seconds: float, credential: str = ""
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to the node at `url` (http or https) and upgrade. The caller closes the writer.
 
     Raises Unavailable when it cannot be reached, does not answer in time, or answers anything but 101.
@@ -55,7 +58,7 @@ async def connect(url: str, *, timeout_seconds: float) -> tuple[asyncio.StreamRe
             reader, writer = await asyncio.open_connection(
                 parts.hostname, port, limit=_BUFFER_BYTES, ssl=True if secure else None
             )
-            writer.write(request_bytes(parts.netloc.rpartition("@")[2]))
+            writer.write(request_bytes(parts.netloc.rpartition("@")[2], credential))
             head = await reader.readuntil(b"\r\n\r\n")
             if len(head) > _MAX_HEAD_BYTES:
                 raise Unavailable(f"{url} answered with {len(head)} bytes of headers; {_MAX_HEAD_BYTES} is the bound")
