@@ -81,20 +81,50 @@ class Verdict:
 EMPTY_VERDICT: Final = Verdict(Kind.EMPTY)
 
 _ID = r"A-Za-z0-9_$\x80-\U0010ffff"
+_WORD = rf"[A-Za-z_\x80-\U0010ffff] [{_ID}]*+"
+_BLANK = r"[ \t\n\f\r] [ \t\n\v\f\r]*+ | \ufeff | --[^\n]*+ | /\*(?: .*?\*/ | .+ )"
+_STRING = r"'[^']*+(?: ''[^']*+ )*+ (?:'|\Z)"
+_NAME = r'"[^"]*+(?: ""[^"]*+ )*+ (?:"|\Z) | `[^`]*+(?: ``[^`]*+ )*+ (?:`|\Z) | \[[^\]]*+ (?:\]|\Z)'
+# Malformed ones are taken whole, as SQLite does: every part of the pattern is linear in the text.
+_VARIABLE = rf"[$@:\#] (?: [{_ID}]++ | :: )*+ (?: \( [^ \t\n\v\f\r)]*+ \)?+ )?+ | \?[0-9]*+"
+_NUMBER = rf"[0-9] [{_ID}.]*+"
+
 _TOKEN: Final = re.compile(
     rf"""
-      (?P<blank> [ \t\n\f\r] [ \t\n\v\f\r]*+ | \ufeff
-               | --[^\n]*+
-               | /\*(?: .*?\*/ | .+ ) )
-    | (?P<word> [A-Za-z_\x80-\U0010ffff] [{_ID}]*+ )
-    | (?P<string> '[^']*+(?: ''[^']*+ )*+ (?:'|\Z) )
-    | (?P<name> "[^"]*+(?: ""[^"]*+ )*+ (?:"|\Z) | `[^`]*+(?: ``[^`]*+ )*+ (?:`|\Z) | \[[^\]]*+ (?:\]|\Z) )
+      (?P<blank> {_BLANK} )
+    | (?P<word> {_WORD} )
+    | (?P<string> {_STRING} )
+    | (?P<name> {_NAME} )
     | (?P<end> ; )
-    | (?P<variable> [$@:\#] (?:::)*+ (?: [{_ID}]++ (?:::)*+ )++ (?: \( [^\s)]*+ \) )?+ | \?[0-9]*+ )
-    | (?P<number> [0-9] [{_ID}.]*+ )
+    | (?P<variable> {_VARIABLE} )
+    | (?P<number> {_NUMBER} )
     | (?P<other> . )
     """,
     re.VERBOSE | re.DOTALL,
+)
+
+# More tokens than any transaction statement or PRAGMA needs to be recognized by; the rest is not kept, so that a
+# megabyte of INSERT costs no more memory than its text.
+_HEAD: Final = 16
+_SESSION_FUNCTIONS: Final = frozenset({"changes", "total_changes", "last_insert_rowid"})
+_TEMP_TABLES: Final = frozenset({"sqlite_temp_master", "sqlite_temp_schema"})
+_TELLING: Final = _SESSION_FUNCTIONS | _TEMP_TABLES | {"temp"}
+
+# Behind its head a statement is interesting only for its end and for the telling names: all else is passed over in
+# one match, ten times as fast as token by token, since this runs on event loops.
+_TELLING_WORDS = "|".join(sorted(_TELLING))
+_BORING: Final = re.compile(
+    rf"""
+    (?: [^;'"`\[\-/A-Za-z_$@:\#?0-9\x80-\U0010ffff]++
+      | {_BLANK}
+      | (?! (?:{_TELLING_WORDS}) (?![{_ID}]) ) {_WORD}
+      | (?! ['"`\[] (?:{_TELLING_WORDS}) ['"`\]] ) (?: {_STRING} | {_NAME} )
+      | {_VARIABLE}
+      | {_NUMBER}
+      | [-/]
+    )*+
+    """,
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 
 
@@ -109,22 +139,6 @@ class _Token(NamedTuple):
         """The token as a name: without quotes, lower case."""
         text = self.text
         return (text[1:-1] if self.kind in ("name", "string") else text).lower()
-
-
-def _tokens(sql: str) -> Iterator[_Token]:
-    """Everything that is not blank, in order."""
-    for match in _TOKEN.finditer(sql):
-        kind = match.lastgroup or "other"
-        if kind != "blank":
-            yield _Token(kind, match[0], match.start(), match.end())
-
-
-# More tokens than any transaction statement or PRAGMA needs to be recognized by; the rest is not kept, so that a
-# megabyte of INSERT costs no more memory than its text.
-_HEAD: Final = 16
-_SESSION_FUNCTIONS: Final = frozenset({"changes", "total_changes", "last_insert_rowid"})
-_TEMP_TABLES: Final = frozenset({"sqlite_temp_master", "sqlite_temp_schema"})
-_TELLING: Final = _SESSION_FUNCTIONS | _TEMP_TABLES | {"temp"}
 
 
 class _Statement:
@@ -189,6 +203,19 @@ class _Statement:
             self._trigger = _is_create_trigger(self.head)
         self._previous = text
 
+    def pass_over(self, sql: str, at: int) -> int:
+        """Skip what is boring from `at` on; returns where something interesting may be."""
+        match = _BORING.match(sql, at)
+        end = at if match is None else match.end()
+        if end > at:
+            self.end = max(self.end, at + len(sql[at:end].rstrip(" \t\n\v\f\r")))
+        return end
+
+    @property
+    def bored(self) -> bool:
+        """Is nothing left to learn but where it ends, and whether a telling name comes?"""
+        return self.length >= _HEAD and not (self._after_cte or self._trigger or self._telling)
+
     def ends_here(self) -> bool:
         """Does a semicolon at this place end the statement?"""
         return not self._trigger or self._closed
@@ -220,8 +247,19 @@ def _is_create_trigger(head: list[_Token]) -> bool:
 def _statements(sql: str) -> Iterator[_Statement]:
     """The statements of a text; empty ones are left out."""
     statement: _Statement | None = None
-    for token in _tokens(sql):
-        if token.kind == "end" and (statement is None or statement.ends_here()):
+    at, size = 0, len(sql)
+    while at < size:
+        if statement is not None and statement.bored:
+            at = statement.pass_over(sql, at)
+        match = _TOKEN.match(sql, at)
+        if match is None:
+            break
+        at = match.end()
+        kind = match.lastgroup or "other"
+        if kind == "blank":
+            continue
+        token = _Token(kind, match[0], match.start(), at)
+        if kind == "end" and (statement is None or statement.ends_here()):
             if statement is not None:
                 yield statement
             statement = None
@@ -234,7 +272,10 @@ def _statements(sql: str) -> Iterator[_Statement]:
 
 
 def split(sql: str) -> list[str]:
-    """The statements of a text, each without its semicolon and surrounding blanks; empty ones are left out."""
+    """The statements of a text, each without its semicolon and surrounding blanks; empty ones are left out.
+
+    A long one may keep a comment at its end.
+    """
     return [sql[statement.start : statement.end] for statement in _statements(sql)]
 
 
