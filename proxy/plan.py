@@ -58,6 +58,7 @@ class Plan:
         stored: the stream's stored texts afterwards.
         settings: the stream's settings afterwards, and for this request.
         keep: ask the leader to remember the stream, although it has no state.
+        read_only: the client's token only reads; wherever it runs, nothing of it may write.
     """
 
     need: Need
@@ -70,6 +71,7 @@ class Plan:
     stored: Mapping[int, str]
     settings: Settings
     keep: bool = False
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
