@@ -2,7 +2,7 @@
 #   make up      a leader, two followers and a proxy; Ctrl-C stops them       (ARGS="app.db --followers 3")
 #   make test    lint, types, and the tests with coverage                     (ARGS="tests/formats -k wal")
 #   make lint    ruff and mypy only
-#   make bench   the ratios of docs/architecture.md, measured on this machine
+#   make bench   the ratios of docs/performance.md, measured on this machine  (ARGS="--quick writes")
 #   make soak    the minutes-long proofs on real processes
 PYTHON ?= python3
 VENV   := .venv
@@ -31,7 +31,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)
 
 soak: $(STAMP) clients
-	$(BIN)/python -m pytest -m soak --timeout=3600 $(ARGS)
+	$(BIN)/python -m pytest -m soak -s --timeout=3600 -o faulthandler_timeout=3500 $(ARGS)
 
 # The npm client that the tests and examples talk through; without node those tests say that they are skipped.
 clients: $(STAMP)

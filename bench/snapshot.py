@@ -29,7 +29,7 @@ MEMORY_MIB = 64
 
 
 def run(directory: Path, *, quick: bool) -> Report:
-    rounds, size_mib = (3, 128) if quick else (5, 384)
+    rounds, size_mib = (3, 128) if quick else (7, 384)
     report = Report(f"snapshot of {size_mib} MiB while {TRANSACTIONS_PER_SECOND} transactions/s are written")
     path = directory / "data.db"
     _make(path, size_mib)

@@ -21,7 +21,7 @@ Times = list[tuple[int, int]]
 
 
 def run(directory: Path, *, quick: bool) -> Report:
-    rounds, count = (3, 150) if quick else (5, 400)
+    rounds, count = (3, 150) if quick else (7, 300)
     report = Report("from commit to visible on a follower")
     cluster_url = f"file://{directory}/store"
     with (

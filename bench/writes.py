@@ -76,7 +76,7 @@ def sides(directory: Path) -> Iterator[dict[str, Side]]:
 
 
 def run(directory: Path, *, quick: bool) -> Report:
-    rounds, seconds = (3, 0.7) if quick else (5, 1.5)
+    rounds, seconds = (3, 0.7) if quick else (9, 0.8)  # many short rounds: noise here comes in seconds
     report = Report("acknowledged writes")
     with sides(directory) as made:
         for side in made.values():
@@ -87,7 +87,7 @@ def run(directory: Path, *, quick: bool) -> Report:
             baseline="baseline",
         )
         one = alternate(
-            {name: lambda side=side: side.measure(1, seconds / 3) for name, side in made.items()},  # type: ignore[misc]
+            {name: lambda side=side: side.measure(1, seconds / 2) for name, side in made.items()},  # type: ignore[misc]
             rounds=rounds,
         )
         for name, side in made.items():
@@ -109,6 +109,24 @@ def run(directory: Path, *, quick: bool) -> Report:
     report.ratios += [
         compare("writes/s at 64 clients: node ack 0 / FULL one by one", many, "node", "baseline", goal=node_goal),
         compare("writes/s at 64 clients: proxy ack 1 / FULL one by one", many, "proxy", "baseline", goal=proxy_goal),
+        compare(
+            "CPU per write at 64 clients: node ack 0 / FULL",
+            many,
+            "node",
+            "baseline",
+            goal=1.0,
+            at_most=True,
+            of=lambda sample: sum(sample.cpu_us.values()),
+        ),
+        compare(
+            "CPU per write at 64 clients: proxy and 3 nodes / FULL",
+            many,
+            "proxy",
+            "baseline",
+            goal=None,
+            at_most=True,
+            of=lambda sample: sum(sample.cpu_us.values()),
+        ),
         compare(
             "write p50 at 1 client: node ack 0 / FULL",
             one,
