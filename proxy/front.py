@@ -178,7 +178,8 @@ class Front:
         pin = stream.pin
         if pin is not None and not isinstance(error, Overloaded | Draining):
             self.orphaned_pins.append(pin)
-            self._streams.close(stream, expired=True)
+            told = isinstance(error, Exception) and not isinstance(error, _ClientGone)
+            self._streams.close(stream, lost=True, told=told)
         else:
             self._hand_back(stream, resumed=resumed)
 
@@ -218,7 +219,7 @@ class Front:
             if ended:  # a small one is here whole: everything about it is known before its head is sent
                 baton, position = self._end_cursor(stream, plan, answer)
             else:
-                baton = self._streams.promise(stream, in_transaction=plan.opens or not stream.autocommit)
+                baton = self._streams.promise(stream, may_hold=plan.opens or plan.makes_state)
             held = with_baton(answer.first, baton)
             await _start(send, 200, CURSOR_TYPE, served(name, position))
             if not ended:

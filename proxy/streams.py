@@ -6,7 +6,8 @@ is also *kept* by the leader, as a record of what changes() and last_insert_rowi
 to go anywhere. So an idle client costs nothing, and expiry hurts only who left a transaction open: after
 `transaction_idle_seconds` the node's stream is closed, and the client is told STREAM_EXPIRED. A baton that says
 "autocommit" is good for as long as its key, also after this process forgot the record or was restarted: the stream is
-then revived without its stored SQL.
+then revived without its stored SQL. So is a stream whose loss the client has been told, once: PyPI libsql sends its
+last baton for ever, whatever the answers, and would never get out otherwise.
 
 Time is an argument (monotonic seconds); random numbers come from the `random` given.
 """
@@ -17,6 +18,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from proxy.consistency import Settings
 from walship.errors import Overloaded, ProtocolViolation, StatementFailed
@@ -32,6 +34,16 @@ def stream_expired() -> StatementFailed:
     return StatementFailed("The stream has expired due to inactivity", "STREAM_EXPIRED")
 
 
+class _End(Enum):
+    """How a stream ended, remembered for whoever comes with a baton of it."""
+
+    CLOSED = auto()
+    LOST = auto()
+    """With its transaction or its connection's state; the client does not know yet."""
+    TOLD = auto()
+    """Lost, and the client has had the error: its next request begins anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
     """Bounds, with what others use: sqld expires after 10 s; a record here is about 1 KB."""
@@ -44,6 +56,17 @@ class StreamLimits:
     streams: int = 65_536
     stored_texts: int = 50
     stored_text_bytes: int = 5000
+
+    @classmethod
+    def of(cls, stream_idle_seconds: float) -> StreamLimits:
+        """The bounds for one setting: an open transaction idles so long, connection state and records in proportion."""
+        default, of_one = cls(), stream_idle_seconds / cls().transaction_idle_seconds
+        return cls(
+            transaction_idle_seconds=stream_idle_seconds,
+            state_idle_seconds=default.state_idle_seconds * of_one,
+            idle_seconds=default.idle_seconds * of_one,
+            kept_idle_seconds=default.kept_idle_seconds * of_one,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +103,8 @@ class Streams:
         self._key, self._rng = key, rng
         self._streams: OrderedDict[int, ClientStream] = OrderedDict()  # least recently used first
         self._kept: set[int] = set()
-        self._closed: OrderedDict[int, bool] = OrderedDict()  # ended lately: True = expired with its state
+        self._ended: OrderedDict[int, _End] = OrderedDict()  # those that ended lately
+        self._lost: list[Pin] = []  # node streams to close, for the next sweep to say
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -135,7 +159,7 @@ class Streams:
     def resume(self, text: str, now: float) -> ClientStream:
         """The stream of a baton, busy from now on; hand it back by `keep` or `close`.
 
-        Raises ProtocolViolation with sqld's messages, StatementFailed STREAM_EXPIRED when its state is gone.
+        Raises ProtocolViolation with sqld's messages, StatementFailed STREAM_EXPIRED, once, when its state is gone.
         """
         baton = open_baton(self._key, text)
         stream = self._streams.get(baton.stream)
@@ -145,6 +169,8 @@ class Streams:
             raise ProtocolViolation(ALREADY_USED)
         if stream.pin is not None and now - stream.last_used > self._idle_seconds(stream):
             # The node's own timer has fired or is about to; the sweep closes what is left.
+            self._lost.append(stream.pin)
+            self.close(stream, told=True)
             raise stream_expired()
         stream.busy = True
         return stream
@@ -154,14 +180,17 @@ class Streams:
         stream.sequence = (stream.sequence + 1) & _U64
         stream.busy, stream.last_used = False, now
         self._streams.move_to_end(stream.id)
-        return sign(self._key, Baton(stream.id, stream.sequence, in_transaction=not stream.autocommit))
+        # PRAGMA settings and TEMP objects count too: a stream that had them must not be revived unnoticed (R21).
+        in_transaction = stream.has_state or not stream.autocommit
+        return sign(self._key, Baton(stream.id, stream.sequence, in_transaction=in_transaction))
 
-    def promise(self, stream: ClientStream, *, in_transaction: bool) -> str:
+    def promise(self, stream: ClientStream, *, may_hold: bool) -> str:
         """The baton `keep` is going to return, before the request has ended: a cursor's head line comes first.
 
-        What the stream's state will be is not known yet; `in_transaction` is the caller's cautious guess. It matters
-        only to whoever has lost the record.
+        What the stream's state will be is not known yet; `may_hold`: the request may open a transaction or make
+        state. A cautious guess, which matters only to whoever has lost the record.
         """
+        in_transaction = may_hold or stream.has_state or not stream.autocommit
         return sign(self._key, Baton(stream.id, (stream.sequence + 1) & _U64, in_transaction=in_transaction))
 
     def forget(self, stream: ClientStream) -> None:
@@ -173,17 +202,20 @@ class Streams:
         """Hand a stream back after a request that was not done: the baton the client has stays good."""
         stream.busy, stream.last_used = False, now
 
-    def close(self, stream: ClientStream, *, expired: bool = False) -> None:
-        """The stream has ended; a later request with a baton of it is told so. Idempotent."""
+    def close(self, stream: ClientStream, *, lost: bool = False, told: bool = False) -> None:
+        """The stream has ended; a later request with a baton of it is told so. Idempotent.
+
+        `lost`: with its state, which the client hears at its next request. `told`: it hears of it now.
+        """
         if stream.known:
             self._streams.pop(stream.id, None)
-            self._remember(stream.id, expired=expired)
+            self._remember(stream.id, _End.TOLD if told else _End.LOST if lost else _End.CLOSED)
         self._kept.discard(stream.id)
         stream.pin, stream.kept, stream.autocommit, stream.known = None, None, True, False
 
     def sweep(self, now: float) -> list[Pin]:
         """End what sat idle too long; returns the node streams to close."""
-        pins: list[Pin] = []
+        pins, self._lost = self._lost, []
         for stream in list(self._streams.values()):
             idle = now - stream.last_used
             if stream.busy:
@@ -195,7 +227,7 @@ class Streams:
                 continue
             if stream.pin is not None:
                 pins.append(stream.pin)
-                self.close(stream, expired=True)
+                self.close(stream, lost=True)
             else:
                 del self._streams[stream.id]  # forgotten, not closed: its baton revives it
         return pins
@@ -206,7 +238,7 @@ class Streams:
         for stream in list(self._streams.values()):
             pin = stream.pin
             if pin is not None and pin.node == node and pin.connection == connection and not stream.busy:
-                self.close(stream, expired=True)
+                self.close(stream, lost=True)
             elif stream.kept is not None and stream.kept.connection == connection and stream.kept.node == node:
                 self.drop_kept(stream)
 
@@ -216,11 +248,13 @@ class Streams:
         return [pin for stream in streams for pin in (stream.pin, stream.kept) if pin is not None]
 
     def _revive(self, baton: Baton) -> ClientStream:
-        expired = self._closed.get(baton.stream)
-        if expired is False:
+        end = self._ended.get(baton.stream)
+        if end is _End.CLOSED:
             raise ProtocolViolation(CLOSED)
-        if expired or baton.in_transaction:
+        if end is _End.LOST or (end is None and baton.in_transaction):
+            self._remember(baton.stream, _End.TOLD)
             raise stream_expired()
+        self._ended.pop(baton.stream, None)
         stream = ClientStream(baton.stream, baton.sequence)
         self.register(stream)
         return stream
@@ -242,7 +276,7 @@ class Streams:
             "Close transactions sooner, or add a proxy"
         )
 
-    def _remember(self, id: int, *, expired: bool) -> None:
-        self._closed[id] = expired
-        if len(self._closed) > self.limits.streams:
-            self._closed.popitem(last=False)
+    def _remember(self, id: int, end: _End) -> None:
+        self._ended[id] = end
+        if len(self._ended) > self.limits.streams:
+            self._ended.popitem(last=False)

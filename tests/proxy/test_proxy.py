@@ -215,7 +215,8 @@ async def test_an_expired_transaction_is_told_and_its_node_stream_closed(start: 
     await eventually(lambda: any(request.verb is Verb.CLOSE_STREAM for request in cluster.leader.served))
     response = await cluster.client.post([execute("COMMIT")], baton=baton)
     assert (response.status_code, response.json()["code"]) == (400, "STREAM_EXPIRED")
-    await cluster.client.run("INSERT INTO t VALUES (1, 'free again')")
+    again = await cluster.client.post([execute("INSERT INTO t VALUES (1, 'free again')")], baton=baton)
+    assert again.status_code == 200, "told once, the client goes on with the only baton it has"
 
 
 async def test_a_transaction_whose_node_is_lost_is_reported_not_reset(start: Start) -> None:

@@ -86,6 +86,27 @@ def test_an_open_transaction_expires_and_its_node_stream_is_closed() -> None:
     assert caught.value.statement_code == "STREAM_EXPIRED"
 
 
+def test_a_lost_transaction_is_told_once_and_then_the_baton_is_good() -> None:
+    """PyPI libsql sends its last baton for ever (hrana.md 1.4): refused each time, it would never get out."""
+    table = streams()
+    stream, _ = opened(table)
+    pin(table, stream)
+    baton = table.keep(stream, 0.0)
+    with pytest.raises(StatementFailed, match="expired"):
+        table.resume(baton, 10.5)  # before the sweep has seen it
+    assert table.resume(baton, 10.6).autocommit
+    assert table.sweep(10.7) == [PIN]
+
+
+def test_a_loss_told_with_the_failed_request_is_not_told_again() -> None:
+    table = streams()
+    stream, _ = opened(table)
+    pin(table, stream)
+    baton = table.keep(stream, 0.0)
+    table.close(table.resume(baton, 1.0), lost=True, told=True)
+    assert table.resume(baton, 2.0).autocommit
+
+
 def test_connection_state_may_idle_longer_than_a_transaction() -> None:
     table = streams()
     stream, _ = opened(table)
@@ -100,6 +121,18 @@ def test_another_process_cannot_revive_an_open_transaction() -> None:
     stream, _ = opened(table)
     pin(table, stream)
     baton = table.keep(stream, 0.0)
+    with pytest.raises(StatementFailed, match="expired"):
+        streams().resume(baton, 0.0)
+
+
+def test_another_process_cannot_revive_settings_of_a_connection() -> None:
+    """R21: reported lost, not silently reset."""
+    table = streams()
+    stream, _ = opened(table)
+    promised = table.promise(stream, may_hold=True)
+    pin(table, stream, autocommit=True)
+    baton = table.keep(stream, 0.0)
+    assert baton == promised
     with pytest.raises(StatementFailed, match="expired"):
         streams().resume(baton, 0.0)
 
@@ -119,7 +152,7 @@ def test_a_lost_link_takes_the_state_it_held() -> None:
 def test_the_promised_baton_is_the_one_given_at_the_end() -> None:
     table = streams()
     stream, _ = opened(table)
-    promised = table.promise(stream, in_transaction=False)
+    promised = table.promise(stream, may_hold=False)
     assert table.keep(stream, 0.0) == promised
 
 
