@@ -25,16 +25,22 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.backends import Backends
-from proxy.consistency import Floors
+from proxy.consistency import Floors, Settings
 from proxy.dispatch import Dispatcher
-from proxy.front import CORS, Front
+from proxy.embedded import EmbeddedProxy
+from proxy.freshness import Freshness, Neighbours
+from proxy.front import CORS, Front, respond_unauthorized
 from proxy.plan import Known
 from proxy.status import cluster_status, refresh_gauges
 from proxy.streams import StreamLimits, Streams
 from walship import __version__
-from walship.config import ProxyConfig
+from walship.config import ProxyConfig, read_key_file
+from walship.coordination.presence import BATON_KEY, Presence
 from walship.coordination.store import Store, open_store
-from walship.errors import CompareFailed, StoreUnavailable, UsageError
+from walship.errors import AuthFailed, CompareFailed, StoreUnavailable, UsageError
+from walship.front.body import Bodies
+from walship.front.protocol import Bounds
+from walship.hrana.auth import Authenticator, Gate
 from walship.hrana.http import ENDPOINTS, PROBES
 from walship.metrics import CONTENT_TYPE, ProxyMetrics
 
@@ -42,7 +48,6 @@ __all__ = ["Proxy", "background", "listen", "main", "run", "serve"]
 
 log = logging.getLogger("walship.proxy")
 
-BATON_KEY = "proxies/baton-key"
 SWEEP_SECONDS = 1.0
 BACKLOG = 2048
 
@@ -66,17 +71,20 @@ class Proxy:
         baton_key: bytes,
         rng: random.Random | None = None,
         stream_limits: StreamLimits | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         rng = rng or random.Random()
-        self.config, self.url = config, ""
+        self.config, self.url, self.name = config, "", config.name
         self.metrics = ProxyMetrics()
         self.floors = Floors()
-        self.streams = Streams(baton_key, rng, stream_limits)
+        self.streams = Streams(baton_key, rng, stream_limits, Settings(level=config.consistency))
         self._clock = asyncio.get_running_loop().time
         self.backends = Backends(store, self.floors, rng=rng, clock=self._clock, on_lost=self.streams.drop_connection)
+        self.freshness = Freshness(self.backends, self.floors, self.metrics, neighbours)
         self.dispatcher = Dispatcher(
             self.backends,
             self.floors,
+            self.freshness,
             rng=rng,
             wait_seconds=config.wait_seconds,
             deadline_seconds=config.deadline_seconds,
@@ -87,8 +95,10 @@ class Proxy:
             dispatcher=self.dispatcher,
             metrics=self.metrics,
             known=self._known,
-            body_max_bytes=config.body_max_bytes,
+            bodies=Bodies(config.body_max_bytes),
         )
+        self.gate = Gate(Authenticator.of(config.auth_token, read_key_file(config.auth_jwt_key)), config.auth_status)
+        self.embedded = EmbeddedProxy(self.backends, rng)
         self.on_drain: Callable[[], None] = lambda: None
         self._others: ASGIApp = Starlette(
             routes=[
@@ -97,6 +107,7 @@ class Proxy:
                 Route("/status", self._status),
                 Route("/metrics", self._metrics),
                 *[Route(path, _probe(text)) for path, text in PROBES.items()],
+                *self.embedded.routes(),
             ],
             exception_handlers={404: _not_found},
         )
@@ -104,6 +115,11 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application: Hrana first, everything else by starlette."""
         if scope["type"] == "http":
+            try:
+                scope["walship.grant"] = self.gate.admit(scope["method"], scope["path"], scope["headers"])
+            except AuthFailed as error:
+                await respond_unauthorized(send, error)
+                return
             if scope["method"] == "POST" and scope["path"] in ENDPOINTS:
                 await self.front(scope, receive, send)
                 return
@@ -115,8 +131,9 @@ class Proxy:
 
     async def run(self) -> None:
         """Links and sweeper; ends only by cancellation."""
-        async with asyncio.TaskGroup() as tasks:
+        async with contextlib.aclosing(self.embedded), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.backends.run(), name="backends")
+            tasks.create_task(self.freshness.run(), name="freshness")
             tasks.create_task(self._sweep(), name="sweep streams")
 
     def drain(self) -> None:
@@ -149,7 +166,7 @@ class Proxy:
         """The JSON of `/status`."""
         config = self.config
         proxy: dict[str, object] = {
-            "name": config.name,
+            "name": self.name,
             "url": config.advertise or self.url,
             "version": __version__,
             "position": str(self.floors.position),
@@ -195,12 +212,29 @@ async def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = N
     try:
         listener = listen(config.listen_host, config.listen_port)
         with contextlib.closing(listener):
-            proxy = Proxy(config, store, baton_key=await _baton_key(store))
-            async with background(proxy):
-                await serve(proxy, listener, on_ready)
-                await proxy.close_streams()
+            async with _presence(config, store, listener) as presence:
+                neighbours = presence if config.session_scope == "cluster" else None
+                proxy = Proxy(config, store, baton_key=await _baton_key(store), neighbours=neighbours)
+                proxy.name = presence.name
+                async with background(proxy):
+                    await serve(proxy, listener, on_ready)
+                    await proxy.close_streams()
     finally:
         await store.close()
+
+
+@contextlib.asynccontextmanager
+async def _presence(config: ProxyConfig, store: Store, listener: socket.socket) -> AsyncIterator[Presence]:
+    """This proxy among the others, for the time of the block; begins when it may acknowledge writes (R18)."""
+    url = config.advertise or url_of(listener)
+    presence = await Presence.join(store, config.cluster_url, config.name, url)
+    async with asyncio.TaskGroup() as tasks:
+        looking = tasks.create_task(presence.run(), name="look for other proxies")
+        try:
+            yield presence
+        finally:
+            looking.cancel()
+            await presence.leave()
 
 
 def main(config: ProxyConfig) -> int:
@@ -233,11 +267,10 @@ class _Server(uvicorn.Server):
 
 async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str], None] | None = None) -> None:
     """Answer requests until `proxy.drain` is called, by a signal or otherwise; returns when what ran is done."""
-    host, port = listener.getsockname()[:2]
-    proxy.url = f"http://{host}:{port}"
+    proxy.url = url_of(listener)
     config = uvicorn.Config(
         proxy,
-        http="httptools",
+        http=Bounds().protocol(),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -269,6 +302,11 @@ async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str],
         with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):
             for number in handled:
                 loop.remove_signal_handler(number)
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def listen(host: str, port: int) -> socket.socket:

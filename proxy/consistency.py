@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from walship.errors import CorruptRecord, ProtocolViolation, WriteLost
 from walship.formats.link import NO_POSITION, Status
@@ -117,9 +118,14 @@ class Floors:
         """Raise the floor to a position a node answered with; one that history already contains changes nothing."""
         self._position = self._later(self._position, position)
 
-    def needed(self, settings: Settings) -> Position:
+    def latest(self, positions: Iterable[Position]) -> Position:
+        """The one of these that contains the others, `NO_POSITION` of none."""
+        return reduce(self._later, positions, NO_POSITION)
+
+    def needed(self, settings: Settings, *, at_least: Position = NO_POSITION) -> Position:
         """The position a read with these settings must be served at, `NO_POSITION` when any will do.
 
+        `at_least` is what a leader said, for a level that needs its word.
         Raises WriteLost when an explicit token lies in no surviving history.
         """
         token = settings.floor
@@ -131,7 +137,8 @@ class Floors:
             )
         if settings.level is Level.ANY:
             return token or NO_POSITION
-        return self._position if token is None else self._later(self._position, token)
+        floor = self._later(self._position, at_least)
+        return floor if token is None else self._later(floor, token)
 
     def _later(self, ours: Position, theirs: Position) -> Position:
         """The one that contains the other. Terms whose start is not known yet: the newer term, it began after ours."""

@@ -23,6 +23,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from proxy.backends import Backend, Backends
 from proxy.consistency import Floors
+from proxy.freshness import Freshness
 from proxy.link import Cursor, LinkConnection, LinkLost
 from proxy.plan import Plan
 from proxy.router import Need, Verdicts, decide
@@ -49,6 +50,7 @@ from walship.formats.link import (
     error_of,
 )
 from walship.formats.position import Position
+from walship.hrana.auth import may_not_write
 from walship.hrana.baton import CLOSED
 from walship.hrana.types import Level
 from walship.metrics import ProxyMetrics
@@ -70,7 +72,8 @@ RETRY_SECONDS = 0.05
 LOOK_SECONDS = 0.25
 """How often to look again without news: room on a link, and a node heard of again, are not announced."""
 
-_LEVELS = {level: ReadLevel[level.name] for level in Level}
+# What is linearizable was proven when its floor was asked for; any node that covers the floor may serve it.
+_LEVELS = {Level.ANY: ReadLevel.ANY, Level.SESSION: ReadLevel.SESSION, Level.LINEARIZABLE: ReadLevel.SESSION}
 
 # Refusals after which another attempt is right: nothing ran, and things may be different elsewhere or a moment later.
 _ELSEWHERE = frozenset(
@@ -139,6 +142,7 @@ class Dispatcher:
         self,
         backends: Backends,
         floors: Floors,
+        freshness: Freshness,
         *,
         rng: random.Random,
         wait_seconds: float,
@@ -147,7 +151,7 @@ class Dispatcher:
         verdicts: Verdicts | None = None,
         run_seconds: float = RUN_SECONDS,
     ) -> None:
-        self.backends, self.floors = backends, floors
+        self.backends, self.floors, self.freshness = backends, floors, freshness
         self.verdicts = verdicts or Verdicts()
         self.metrics = metrics
         self._rng = rng
@@ -162,9 +166,11 @@ class Dispatcher:
         return Answer(sent.backend, sent.connection, reply)
 
     async def cursor(self, plan: Plan, stream: ClientStream) -> CursorAnswer:
-        """Begin a cursor. Its end must be given to `settle`."""
+        """Begin a cursor. Its end must be given to `settle` too."""
         sent = await self._run(plan, stream, Verb.CURSOR, 3, _send_cursor)
-        return CursorAnswer(sent.backend, sent.connection, sent.answer.first, sent.answer.cursor)
+        cursor = sent.answer.cursor
+        self.settle(plan, sent.backend, cursor.position)  # its first rows may be seen long before its end
+        return CursorAnswer(sent.backend, sent.connection, sent.answer.first, cursor)
 
     def settle(self, plan: Plan, backend: Backend, position: Position) -> None:
         """Learn from an answer before the client sees it: the next read must not show less (R18)."""
@@ -211,6 +217,11 @@ class Dispatcher:
         connection = None if backend is None else backend.connection
         if backend is None or connection is None or backend.generation != pin.connection:
             raise stream_expired()
+        if stream.autocommit:
+            until = asyncio.get_running_loop().time() + self._deadline_seconds
+            floor = await self.freshness.floor(plan.settings, until)
+        else:  # the transaction was as fresh as asked for when it began; its snapshot stays what it is
+            floor = self.floors.needed(plan.settings)
         request = self.request(
             connection,
             plan,
@@ -218,7 +229,7 @@ class Dispatcher:
             version,
             flags=RequestFlags.KEEP if plan.keep else RequestFlags.NONE,
             stream=pin.stream,
-            floor=self.floors.needed(plan.settings),
+            floor=floor,
             wait_ms=PINNED_WAIT_MS,
         )
         try:
@@ -232,6 +243,8 @@ class Dispatcher:
         except TimeoutError as error:
             raise _outcome_unknown(backend.name, error) from error
         except _Refused as refused:
+            if plan.read_only and refused.refusal.reason is Reason.NOT_READ_ONLY:
+                raise may_not_write() from None
             raise error_of(refused.refusal) from None
         return _Sent(backend, pin.connection, answer)
 
@@ -249,6 +262,8 @@ class Dispatcher:
         wait_ms: int = 0,
     ) -> Request:
         settings = plan.settings
+        if plan.read_only:
+            flags |= RequestFlags.READ_ONLY
         return Request(
             connection.next_id(),
             verb,
@@ -301,15 +316,14 @@ class _Attempts(Generic[A]):
         self._may_wait = True
         self._last: WalshipError | None = None
         self._need = plan.need
-        if plan.need is Need.READ and (
-            plan.settings.level is Level.LINEARIZABLE or owner.verdicts.is_write(plan.texts, self._loop.time())
-        ):
+        if plan.need is Need.READ and owner.verdicts.is_write(plan.texts, self._loop.time()):
             self._need = Need.LEADER
 
     async def run(self) -> _Sent[A]:
         owner = self._owner
-        if self._need is Need.READ or self._plan.settings.floor is not None:
-            await self._await_floor()
+        settings = self._plan.settings
+        if self._need is Need.READ or settings.floor is not None or settings.level is Level.LINEARIZABLE:
+            self._floor = await owner.freshness.floor(settings, self._until)
         while True:
             decision = decide(
                 self._need,
@@ -330,13 +344,6 @@ class _Attempts(Generic[A]):
                 owner.metrics.waits.labels("failed" if sent is None else "reached").inc()
             if sent is not None:
                 return sent
-
-    async def _await_floor(self) -> None:
-        """Know the floor before a read that needs one; a starting proxy learns it from the leader (R18)."""
-        owner, settings = self._owner, self._plan.settings
-        while settings.level is not Level.ANY and not owner.floors.ready:
-            await self._wait_for_news()
-        self._floor = owner.floors.needed(settings)
 
     async def _wait_for_news(self) -> None:
         left = self._until - self._loop.time()
@@ -408,6 +415,8 @@ class _Attempts(Generic[A]):
             return
         if refusal.reason not in (_READ_ELSEWHERE if reading else _ELSEWHERE):
             raise error_of(refusal) from None
+        if refusal.reason is Reason.NOT_READ_ONLY and not reading and self._plan.read_only:
+            raise may_not_write() from None
         if refusal.reason is Reason.NOT_READ_ONLY and reading:
             if self._plan.texts:
                 self._owner.verdicts.note_write(self._plan.texts, self._loop.time())

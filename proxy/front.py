@@ -21,15 +21,24 @@ from proxy.link import LinkLost
 from proxy.plan import Known, Plan, plan_cursor, plan_pipeline
 from proxy.router import Need
 from proxy.streams import ClientStream, Pin, Streams
-from walship.errors import Draining, OutcomeUnknown, Overloaded, ProtocolViolation, Unavailable, WalshipError
+from walship.errors import (
+    AuthFailed,
+    Draining,
+    OutcomeUnknown,
+    Overloaded,
+    ProtocolViolation,
+    Unavailable,
+    WalshipError,
+)
 from walship.formats.link import NO_BATON, CursorEnd, Refusal, ReplyFlags, error_of
 from walship.formats.position import Position
-from walship.hrana.http import CURSOR_TYPE, ENDPOINTS, JSON_TYPE, Endpoint, Failure, Verb, body_too_large, failure
+from walship.front.body import Bodies, BodyRefused
+from walship.hrana.http import CURSOR_TYPE, ENDPOINTS, JSON_TYPE, Endpoint, Failure, Verb, failure
 from walship.hrana.json import cursor_error, decode_cursor, decode_pipeline
 from walship.hrana.types import CursorBody, ErrorBody, PipelineBody
 from walship.metrics import ProxyMetrics
 
-__all__ = ["CORS", "Front"]
+__all__ = ["CORS", "Front", "respond_unauthorized"]
 
 log = logging.getLogger("walship.proxy.front")
 
@@ -54,12 +63,12 @@ class Front:
         dispatcher: Dispatcher,
         metrics: ProxyMetrics,
         known: Callable[[], Known],
-        body_max_bytes: int,
+        bodies: Bodies,
     ) -> None:
         self.draining = False
         self.orphaned_pins: deque[Pin] = deque()  # node streams nobody can reach any more; the sweeper closes them
         self._streams, self._dispatcher, self._metrics, self._known = streams, dispatcher, metrics, known
-        self._body_max_bytes = body_max_bytes
+        self._bodies = bodies
         self._active = 0
         self._measured: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._reads: dict[str, Counter] = {}
@@ -70,17 +79,18 @@ class Front:
         endpoint = ENDPOINTS[scope["path"]]
         started = self._clock()
         kind = outcome = "unknown"
-        self._active += 1
+        body: bytes | None = None
+        active = 0
         try:
+            body = await self._bodies.read(scope["headers"], receive)
+            if body is None:
+                raise _ClientGone
+            active = 1  # from here on it costs more than its bytes
+            self._active += 1
             if self._active > MAX_ACTIVE:
                 raise Overloaded(
                     f"{MAX_ACTIVE} requests are under way in this proxy; this one was not begun. Try again"
                 )
-            body = await self._read_body(scope, receive)
-            if body is None:
-                await _respond_failure(send, body_too_large(self._body_max_bytes))
-                outcome = "REQUEST_TOO_LARGE"
-                return
             request = _Request(self, endpoint, body, scope)
             kind = request.kind
             await request.serve(send)
@@ -88,29 +98,17 @@ class Front:
         except WalshipError as error:
             outcome = error.code
             await _respond_failure(send, failure(error))
+        except BodyRefused as refused:
+            outcome = "REQUEST_TOO_LARGE"
+            await _respond_failure(send, refused.failure, [*CORS, (b"connection", b"close")])
         except _ClientGone:
             outcome = "client gone"
         finally:
-            self._active -= 1
+            self._active -= active
+            self._bodies.release(body)
             counter, seconds = self._measures(kind, outcome)
             counter.inc()
             seconds.observe(self._clock() - started)
-
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None when it is larger than allowed."""
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _ClientGone
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            if size > self._body_max_bytes:
-                return None
-            parts.append(part)
-            if not message.get("more_body", False):
-                return parts[0] if len(parts) == 1 else b"".join(parts)
 
     # --- streams: how they begin and end --------------------------------------------------------------------------
 
@@ -142,6 +140,8 @@ class Front:
             keep = plan.need is Need.LEADER and not (plan.closes or plan.stored) and self._streams.may_keep
             if keep:
                 plan = replace(plan, keep=True)
+            if not scope["walship.grant"].may_write:
+                plan = replace(plan, read_only=True)
             if plan.settings is not settings:
                 stream.settings = plan.settings
         except WalshipError:
@@ -210,7 +210,7 @@ class Front:
         except BaseException as error:
             self.fail(stream, resumed=resumed, error=error)
             raise
-        position: Position | None = None
+        position = answer.cursor.position
         name = answer.backend.name
         self._count(plan, name)
         ended = answer.cursor.ended and isinstance(answer.cursor.end, CursorEnd)
@@ -329,12 +329,9 @@ def with_baton(body: bytes, baton: str | None) -> bytes:
     return b'{"baton":"' + baton.encode() + b'"' + body[len(NO_BATON) :]
 
 
-def served(node: str, position: Position | None) -> Headers:
-    """The reply headers of design.md 6. The position of a long cursor is not known when its head is sent."""
-    headers = [*CORS, (b"walship-served-by", node.encode())]
-    if position is not None:
-        headers.append((b"walship-position", str(position).encode()))
-    return headers
+def served(node: str, position: Position) -> Headers:
+    """The reply headers of design.md 6. `position` covers what the reply shows, and is a token for later reads."""
+    return [*CORS, (b"walship-served-by", node.encode()), (b"walship-position", str(position).encode())]
 
 
 def _request_headers(scope: Scope) -> tuple[str | None, str | None]:
@@ -347,8 +344,14 @@ def _request_headers(scope: Scope) -> tuple[str | None, str | None]:
     return consistency, min_position
 
 
-async def _respond_failure(send: Send, problem: Failure) -> None:
-    await _respond(send, problem.status, problem.content_type, problem.body, CORS)
+async def _respond_failure(send: Send, problem: Failure, headers: Headers = CORS) -> None:
+    await _respond(send, problem.status, problem.content_type, problem.body, headers)
+
+
+async def respond_unauthorized(send: Send, error: AuthFailed) -> None:
+    """Answer a request that the gate did not let in."""
+    more: Headers = [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+    await _respond_failure(send, failure(error), [*CORS, *more])
 
 
 async def _respond(send: Send, status: int, content_type: str, body: bytes, headers: Headers) -> None:

@@ -58,7 +58,17 @@ class Cursor:
     At most `CURSOR_WINDOW` bytes wait here: the node goes on only after what was taken is granted again.
     """
 
-    __slots__ = ("_abandoned", "_chunks", "_connection", "_failure", "_id", "_taken_bytes", "_waiter", "end", "position")
+    __slots__ = (
+        "_abandoned",
+        "_chunks",
+        "_connection",
+        "_failure",
+        "_id",
+        "_taken_bytes",
+        "_waiter",
+        "end",
+        "position",
+    )
 
     def __init__(self, connection: LinkConnection, id: int) -> None:
         self._connection, self._id = connection, id

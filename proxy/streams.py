@@ -98,8 +98,15 @@ class ClientStream:
 class Streams:
     """All streams of one proxy. `sweep` must be called now and then: it says which node streams to close."""
 
-    def __init__(self, key: bytes, rng: random.Random, limits: StreamLimits | None = None) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        rng: random.Random,
+        limits: StreamLimits | None = None,
+        settings: Settings | None = None,
+    ) -> None:
         self.limits = limits or StreamLimits()
+        self.settings = settings or Settings()  # what a stream begins with
         self._key, self._rng = key, rng
         self._streams: OrderedDict[int, ClientStream] = OrderedDict()  # least recently used first
         self._kept: set[int] = set()
@@ -144,7 +151,7 @@ class Streams:
 
     def open(self) -> ClientStream:
         """A stream for a request without a baton. Nothing is kept of it until `register`."""
-        return ClientStream(self._rng.getrandbits(64), self._rng.getrandbits(63))
+        return ClientStream(self._rng.getrandbits(64), self._rng.getrandbits(63), self.settings)
 
     def register(self, stream: ClientStream) -> None:
         """Keep the stream, busy: its client will get a baton. To be called before its request runs.
@@ -255,7 +262,7 @@ class Streams:
             self._remember(baton.stream, _End.TOLD)
             raise stream_expired()
         self._ended.pop(baton.stream, None)
-        stream = ClientStream(baton.stream, baton.sequence)
+        stream = ClientStream(baton.stream, baton.sequence, self.settings)
         self.register(stream)
         return stream
 

@@ -4,7 +4,8 @@ Each command has one frozen dataclass and one table of `Setting`s. A value is ta
 the flag, `WALSHIP_<FLAG>` in the environment, the command's table in the TOML file of `--config`, the default.
 `build` gathers every problem before it raises, and names key and allowed values. No dict travels past this module.
 
-It imports nothing of walship but the error tree and the cluster URL's check, so node and proxy may import it.
+It imports nothing of walship but the error tree, the names of levels, and the cluster URL's check, so that node and
+proxy may import it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import msgspec
 
 from walship.coordination.store import check_store_url
 from walship.errors import UsageError
+from walship.hrana.types import Level
 
 __all__ = [
     "DEFAULT_FOLLOWERS",
@@ -85,6 +87,8 @@ class ProxyConfig:
     listen_host: str = "127.0.0.1"
     listen_port: int = 8080
     advertise: str | None = None
+    consistency: Level = Level.SESSION  # what a read gets that asks for nothing
+    session_scope: str = "cluster"  # or "proxy": other proxies' writes are not waited for
     wait_seconds: float = 0.05  # above the apply lag of a healthy follower, below what a person notices
     deadline_seconds: float = 10.0  # a whole request, waits for a leader included
     body_max_bytes: int = 16 * MIB
@@ -106,6 +110,7 @@ class UpConfig:
     data_dir: Path = Path("walship-data")
     ack: int | None = None  # None: 1, or 0 without followers; on a resumed cluster what its record says
     json: bool = False
+    consistency: Level = Level.SESSION  # passed to the proxy
     log_max_bytes: int = GIB
     ready_seconds: float = 60.0
     auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
@@ -205,6 +210,10 @@ def _text(pattern: str) -> Callable[[Any], str]:
     return convert
 
 
+def _level(raw: Any) -> Level:
+    return Level.SESSION if raw == "global" else Level(raw)
+
+
 def _yes(raw: Any) -> bool:
     if isinstance(raw, bool):
         return raw
@@ -262,6 +271,7 @@ _LEVELS = "debug|info|warning|error"
 _CLUSTER = Setting("cluster", _field("cluster_url", _cluster), "file:///DIRECTORY (absolute)", required=True)
 _LISTEN = Setting("listen", _listen, _LISTEN_WORDS)
 _ADVERTISE = Setting("advertise", _field("advertise", _url), _URL_WORDS + " that others can reach")
+_CONSISTENCY = Setting("consistency", _field("consistency", _level), "any, session, linearizable")
 _DRAIN = Setting("drain-seconds", _field("drain_seconds", _seconds(0.1, 3600)), "0.1 to 3600 seconds")
 _LEVEL = Setting("log-level", _field("log_level", _text(_LEVELS)), _LEVELS.replace("|", ", "))
 _BODY = Setting("body-max", _field("body_max_bytes", _size(64 << 10)), _SIZE_WORDS + ", at least 64KiB")
@@ -304,6 +314,8 @@ PROXY = (
     Setting("name", _field("name", _text(_NAME)), _NAME_WORDS),
     _LISTEN,
     _ADVERTISE,
+    _CONSISTENCY,
+    Setting("session-scope", _field("session_scope", _text("cluster|proxy")), "cluster, proxy"),
     Setting("wait-seconds", _field("wait_seconds", _seconds(0, 60)), "0 to 60 seconds"),
     Setting("deadline-seconds", _field("deadline_seconds", _seconds(0.1, 600)), "0.1 to 600 seconds"),
     _BODY,
@@ -319,6 +331,7 @@ UP = (
     Setting("data", _field("data_dir", _path), "a directory"),
     Setting("ack", _field("ack", _whole(0, 15)), _ACK_WORDS),
     _JSON,
+    _CONSISTENCY,
     _LOG_MAX,
     Setting("ready-seconds", _field("ready_seconds", _seconds(1, 3600)), "1 to 3600 seconds"),
     *_AUTH,

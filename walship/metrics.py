@@ -102,6 +102,11 @@ class ProxyMetrics(Metrics):
         self.waits = self._counter(
             "walship_waits", "Reads that waited for a follower to reach their floor", ["outcome"]
         )
+        self.floor_requests = self._counter(
+            "walship_floor_requests",
+            "Questions to nodes how fresh a read must be, by level and outcome; many reads share one",
+            ["level", "outcome"],
+        )
         self.in_flight = self._gauge("walship_in_flight", "Requests sent to a node and not answered yet", ["node"])
         self.backend_seconds = self._gauge(
             "walship_backend_seconds", "Peak-EWMA latency of a node as the router sees it", ["node"]

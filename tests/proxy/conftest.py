@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from proxy.app import Proxy, background, listen, serve
+from proxy.freshness import Neighbours
 from proxy.streams import StreamLimits
 from tests.proxy.small_node import History, SmallNode
 from walship.config import ProxyConfig
@@ -92,9 +93,11 @@ Start = Callable[..., Awaitable[Cluster]]
 
 
 @contextlib.asynccontextmanager
-async def proxy_serving(store: Store, config: ProxyConfig, limits: StreamLimits | None = None) -> AsyncIterator[Proxy]:
+async def proxy_serving(
+    store: Store, config: ProxyConfig, limits: StreamLimits | None = None, neighbours: Neighbours | None = None
+) -> AsyncIterator[Proxy]:
     """A proxy as `proxy.app.run` makes it, without signals."""
-    proxy = Proxy(config, store, baton_key=KEY, rng=random.Random(7), stream_limits=limits)
+    proxy = Proxy(config, store, baton_key=KEY, rng=random.Random(7), stream_limits=limits, neighbours=neighbours)
     with contextlib.closing(listen("127.0.0.1", 0)) as listener:
         async with background(proxy), asyncio.TaskGroup() as tasks:
             ready = asyncio.Event()
@@ -112,7 +115,13 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def begin(
-            followers: int = 2, limits: StreamLimits | None = None, *, leader: bool = True, acks: int = 0, **config: Any
+            followers: int = 2,
+            limits: StreamLimits | None = None,
+            *,
+            leader: bool = True,
+            acks: int = 0,
+            neighbours: Neighbours | None = None,
+            **config: Any,
         ) -> Cluster:
             store = open_store(f"file://{tmp_path / 'store'}")
             stack.push_async_callback(store.close)
@@ -124,7 +133,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             for node in nodes if leader else nodes[1:]:
                 await stack.enter_async_context(node.serving(store))
             settings = ProxyConfig(cluster_url="", drain_seconds=2.0, **config)
-            proxy = await stack.enter_async_context(proxy_serving(store, settings, limits))
+            proxy = await stack.enter_async_context(proxy_serving(store, settings, limits, neighbours))
             http = await stack.enter_async_context(
                 httpx.AsyncClient(base_url=proxy.url, timeout=20, limits=httpx.Limits(max_connections=100))
             )

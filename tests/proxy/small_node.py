@@ -23,8 +23,10 @@ from walship.formats.link import (
     CURSOR_WINDOW,
     Chunk,
     CursorEnd,
+    CursorHead,
     Grant,
     LinkReader,
+    ReadLevel,
     Reason,
     Refusal,
     Reply,
@@ -69,6 +71,8 @@ class SmallNode:
         self.silent = False  # takes requests, answers nothing and tells no status
         self.draining = False
         self.served: list[Request] = []
+        self.asked: list[ReadLevel] = []  # READ_INDEX requests
+        self.unproven: WalshipError | None = None  # what a leader answers that cannot prove that it leads
         self.writers: set[asyncio.StreamWriter] = set()
         self.url = ""
         self._streams: dict[int, Executor] = {}
@@ -199,6 +203,9 @@ class SmallNode:
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
         if self.silent:
             return
+        if request.verb is Verb.READ_INDEX:
+            writer.write(self._position(request).to_bytes())
+            return
         self.served.append(request)
         try:
             if self.refusals:
@@ -218,6 +225,15 @@ class SmallNode:
             writer.transport.abort()
             return
         writer.write(reply.to_bytes())
+
+    def _position(self, request: Request) -> Reply | Refusal:
+        self.asked.append(request.level)
+        leads = self.role is Role.LEADER
+        if not leads and request.level is not ReadLevel.ANY:
+            return refusal_of(request.id, NotLeader(None, None, self.history.term), self.applied)
+        if self.unproven is not None and request.level is ReadLevel.LINEARIZABLE:
+            return refusal_of(request.id, self.unproven, self.applied)
+        return Reply(request.id, b"", self.history.position)
 
     def _executor_for(self, request: Request) -> Executor:
         if request.stream:
@@ -275,6 +291,7 @@ class SmallNode:
 
     async def _cursor(self, request: Request, writer: asyncio.StreamWriter) -> None:
         executor = self._executor_for(request)
+        writer.write(CursorHead(request.id, self.applied).to_bytes())
         chunk = cursor_head(None)
         sent = 0
         for lines in executor.lines(decode_cursor(request.body).batch):

@@ -60,6 +60,7 @@ _LOG_MAX = _option("log-max", "SIZE", "Most bytes of log a node keeps for follow
 _AUTH_TOKEN = _option("auth-token", "TOKEN", "Token clients must show. Better in WALSHIP_AUTH_TOKEN: flags show in ps.")
 _AUTH_JWT_KEY = _option("auth-jwt-key", "FILE", "Ed25519 public keys: their JWTs are taken as tokens.")
 _AUTH_STATUS = _option("auth-status", "", "Ask for a token on /status and /metrics too.")
+_CONSISTENCY = _option("consistency", "LEVEL", "Of reads that ask for none: any, session (default), linearizable.")
 _JSON = _option("json", "", "One line of JSON, shaped as /status, instead of words.")
 
 
@@ -104,6 +105,7 @@ def up(
         Text, _option("ack", "N", "Followers that must hold a commit on disk before it is acknowledged. Default 1.")
     ] = None,
     json: Annotated[Flag, _JSON] = None,
+    consistency: Annotated[Text, _CONSISTENCY] = None,
     log_max: Annotated[Text, _LOG_MAX] = None,
     ready_seconds: Annotated[Text, _option("ready-seconds", "S", "Give up if not healthy by then. Default 60.")] = None,
     auth_token: Annotated[Text, _AUTH_TOKEN] = None,
@@ -122,6 +124,7 @@ def up(
         data=data,
         ack=ack,
         json=json or None,
+        consistency=consistency,
         log_max=log_max,
         ready_seconds=ready_seconds,
         auth_token=auth_token,
@@ -225,6 +228,15 @@ def proxy(
     name: Annotated[Text, _option("name", "NAME", "Name of this proxy in logs and replies. Default proxy.")] = None,
     listen: Annotated[Text, _option("listen", "H:P", "Where clients connect. Default 127.0.0.1:8080.")] = None,
     advertise: Annotated[Text, _ADVERTISE] = None,
+    consistency: Annotated[Text, _CONSISTENCY] = None,
+    session_scope: Annotated[
+        Text,
+        _option(
+            "session-scope",
+            "SCOPE",
+            "cluster (default): a session read also sees writes through other proxies; proxy: through this one only.",
+        ),
+    ] = None,
     wait_seconds: Annotated[
         Text, _option("wait-seconds", "S", "Longest wait for a follower to catch up with a read. Default 0.05.")
     ] = None,
@@ -246,6 +258,8 @@ def proxy(
         name=name,
         listen=listen,
         advertise=advertise,
+        consistency=consistency,
+        session_scope=session_scope,
         wait_seconds=wait_seconds,
         deadline_seconds=deadline_seconds,
         body_max=body_max,

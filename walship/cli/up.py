@@ -224,6 +224,7 @@ def _children(config: UpConfig, plan: _Plan) -> list[Child]:
 
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
     proxy = [*walship, "proxy", "--name", PROXY_NAME, "--cluster", plan.cluster_url, "--listen", f"{host}:{plan.port}"]
+    proxy += ["--consistency", config.consistency.value]
     proxy += both
     logs = config.data_dir / "logs"
     nodes = [

@@ -10,6 +10,7 @@ asked for. Bodies, offsets inside the body:
     REQUEST  proxy -> node   0 verb u8 | 1 version u8 | 2 flags u16 | 4 level u8 | 5 stream u64 | 13 floor term u64 |
                              21 floor txid u64 | 29 min_term u64 | 37 wait_ms u32 | 41 ack i8 | 42 the Hrana JSON body
     REPLY    node -> proxy   0 status u16 | 2 flags u8 | 3 stream u64 | 11 term u64 | 19 txid u64 | 27 JSON
+    HEAD     node -> proxy   0 term u64 | 8 txid u64: a position that covers the rows of a cursor, before its first CHUNK
     CHUNK    node -> proxy   0 bytes of a cursor reply (whole lines)
     END      node -> proxy   as REPLY, without JSON: how a cursor ended
     REFUSED  node -> proxy   0 reason u8 | 1 term u64 | 9 txid u64 |
@@ -17,7 +18,7 @@ asked for. Bodies, offsets inside the body:
     STATUS   node -> proxy   unsolicited, id 0; see `Status`
     GRANT    proxy -> node   0 bytes u32: so many more bytes of CHUNK bodies may be sent for this id
 
-Every request is answered by exactly one REPLY, one REFUSED, or (CURSOR) CHUNK* END. The JSON of a pipeline REPLY starts
+Every request is answered by exactly one REPLY, one REFUSED, or (CURSOR) HEAD CHUNK* END. The JSON of a pipeline REPLY starts
 with `NO_BATON`, and so does the first line of a cursor, so that the proxy can put its own baton in by one slice.
 A cursor may have `CURSOR_WINDOW` bytes of CHUNK bodies under way beyond what GRANTs allowed: a slow client holds up its
 own cursor and nobody else's link. Answers may come in any order.
@@ -43,6 +44,7 @@ __all__ = [
     "NO_POSITION",
     "Chunk",
     "CursorEnd",
+    "CursorHead",
     "Grant",
     "Leader",
     "LinkReader",
@@ -82,7 +84,7 @@ _GRANT = struct.Struct(">I")
 _STATUS = struct.Struct(">BBQQQQQQQII16sBB")
 _TERM_START = struct.Struct(">QQ")
 
-_KIND_REQUEST, _KIND_REPLY, _KIND_CHUNK, _KIND_END, _KIND_REFUSED, _KIND_STATUS, _KIND_GRANT = range(1, 8)
+_KIND_REQUEST, _KIND_REPLY, _KIND_CHUNK, _KIND_END, _KIND_REFUSED, _KIND_STATUS, _KIND_GRANT, _KIND_HEAD = range(1, 9)
 _OVERHEAD = _HEAD.size - 4
 
 
@@ -262,6 +264,23 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
         return f"chunk {self.id} {len(self.data)} bytes"
 
 
+class CursorHead(msgspec.Struct, frozen=True, gc=False):
+    """The beginning of a cursor: whoever sees a row of it has seen `position`, long before the END."""
+
+    id: int
+    position: Position
+
+    def to_bytes(self) -> bytes:
+        return _message(self.id, _KIND_HEAD, _TERM_START.pack(self.position.term, self.position.txid), b"")
+
+    @classmethod
+    def parse(cls, id: int, body: bytes) -> CursorHead:
+        return cls(id, Position(*_unpack(_TERM_START, body, "head", exact=True)))
+
+    def __str__(self) -> str:
+        return f"head {self.id} position={self.position}"
+
+
 class CursorEnd(msgspec.Struct, frozen=True, gc=False):
     """The end of a cursor: what `Reply` says of a pipeline."""
 
@@ -419,7 +438,7 @@ class Status(msgspec.Struct, frozen=True):
         return f"status {self.name} {self.role.name} term={self.term} applied={self.applied} in_flight={self.in_flight}"
 
 
-Message = Request | Reply | Chunk | CursorEnd | Refusal | Status | Grant
+Message = Request | Reply | CursorHead | Chunk | CursorEnd | Refusal | Status | Grant
 
 _PARSE: dict[int, Callable[[int, bytes], Message]] = {
     _KIND_REQUEST: Request.parse,
@@ -429,6 +448,7 @@ _PARSE: dict[int, Callable[[int, bytes], Message]] = {
     _KIND_REFUSED: Refusal.parse,
     _KIND_STATUS: Status.parse,
     _KIND_GRANT: Grant.parse,
+    _KIND_HEAD: CursorHead.parse,
 }
 
 

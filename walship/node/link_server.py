@@ -291,6 +291,7 @@ class _Link:
         if self._lost.is_set():
             window.close()
         reply = await self._server.service.cursor(self._call(request), batch)
+        self._send(link.CursorHead(request.id, reply.position).to_bytes())
         pending = json.cursor_head(None)
         async with aclosing(cast("AsyncGenerator[bytes, None]", reply.lines)) as chunks:
             try:

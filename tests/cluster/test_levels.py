@@ -1,0 +1,1 @@
+"""Consistency levels on real processes (docs/consistency.md, R17, R18)."""
