@@ -53,6 +53,7 @@ from walship.formats.position import Position
 from walship.hrana.auth import Authenticator, Gate
 from walship.hrana.types import Batch, Level
 from walship.node.app import NodeApp
+from walship.node.embedded import EmbeddedReplicas
 from walship.node.http_server import bind, serving
 from walship.node.join import Membership, join, lock_directory
 from walship.node.link_server import LinkServer
@@ -115,6 +116,7 @@ class Node:
         self.service: Service | None = None
         self.verified_ms: int | None = None
         self.report = Report(self)
+        self.embedded = EmbeddedReplicas(self, store, config.data_dir)
         self.stop = asyncio.Event()
         self._given = _ZERO
         self.links = LinkServer(self, self.report.link_status, self._on_change, position_for=self.position_for)
@@ -257,6 +259,7 @@ class Node:
         if self.writer is not None and self.leading is not None:
             await self.writer.stop()
             await asyncio.to_thread(self.leading.close)
+            self.embedded.close()
         if self.follower is not None:
             await self.follower.stop()
         if self.replica is not None:
@@ -320,6 +323,7 @@ class Node:
         self.watermarks.on_change(self._move_acked)
         self.writer.start()
         self._move_acked()
+        await self.embedded.begin_term(self.leading.tip.position)
         self._become(Event.TERM_STARTED)
 
     def _follow(self) -> None:
@@ -399,6 +403,7 @@ class Node:
             ("watch leader", self._watch_leader()),
             ("log retention", self._retain()),
             ("scrub", self._scrub()),
+            ("embedded replicas", self.embedded.run()),
         ]
         if self.publisher is not None:
             work.append(("publisher", self.publisher.run()))
@@ -542,7 +547,15 @@ async def run(config: NodeConfig) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, node.stop.set)
             gate = Gate(Authenticator.of(config.auth_token, read_key_file(config.auth_jwt_key)), config.auth_status)
-            app = NodeApp(node, node.report, name=node.name, max_body_bytes=config.body_max_bytes, gate=gate)
+            app = NodeApp(
+                node,
+                node.report,
+                name=node.name,
+                max_body_bytes=config.body_max_bytes,
+                gate=gate,
+                drain_seconds=config.drain_seconds,
+                routes=node.embedded.routes(),
+            )
             upgrades = {"/walship/link": node.links.serve}
             if node.publisher is not None:
                 upgrades["/walship/replication"] = node.publisher.serve
