@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -36,6 +36,12 @@ def most_connections() -> int:
     return 16_384 if soft == resource.RLIM_INFINITY else max(64, min(16_384, soft - RESERVED_FILES))
 
 
+class Unread(Protocol):
+    """A connection whose client may not read."""
+
+    transport: asyncio.Transport
+
+
 class Bounds:
     """The bounds of one server, and what its connections know together."""
 
@@ -53,13 +59,13 @@ class Bounds:
         self.unsent_bytes = unsent_bytes
         self.head_seconds, self.stall_seconds = head_seconds, stall_seconds
         self.body_pause_seconds, self.body_seconds = body_pause_seconds, body_seconds
-        self._unread: dict[BoundedProtocol, None] = {}  # connections whose answer waits, oldest first
+        self._unread: dict[Unread, None] = {}  # connections whose answer waits, oldest first
 
     def protocol(self) -> type[BoundedProtocol]:
         """The class for `uvicorn.Config(http=...)`."""
         return type("BoundedProtocol", (BoundedProtocol,), {"bounds": self})
 
-    def wait_for_reader(self, connection: BoundedProtocol) -> None:
+    def wait_for_reader(self, connection: Unread) -> None:
         """An answer waits for its client. When all that wait are too much, the one that waits longest goes."""
         self._unread[connection] = None
         unsent = sum(each.transport.get_write_buffer_size() for each in self._unread)
@@ -69,7 +75,7 @@ class Bounds:
             unsent -= oldest.transport.get_write_buffer_size()
             oldest.transport.abort()
 
-    def forget(self, connection: BoundedProtocol) -> None:
+    def forget(self, connection: Unread) -> None:
         self._unread.pop(connection, None)
 
 

@@ -19,6 +19,8 @@ import uvicorn
 
 from walship.errors import UsageError
 from walship.front.protocol import Bounds
+from walship.front.websocket_protocol import websocket_options
+from walship.hrana.http import DEFAULT_MAX_BODY_BYTES
 from walship.node.http_protocol import Handler, Upgrades
 
 __all__ = ["Address", "bind", "serving"]
@@ -70,6 +72,7 @@ async def serving(
     credentials: Mapping[str, str] | None = None,
     bounds: Bounds | None = None,
     drain_seconds: float = 10.0,
+    message_max_bytes: int = DEFAULT_MAX_BODY_BYTES,
 ) -> AsyncIterator[Address]:
     """Serve `app` on `listener` while inside; the socket is closed at the end.
 
@@ -79,10 +82,12 @@ async def serving(
             else they are cancelled after `drain_seconds`.
         credentials: what whoever upgrades must show, by path; an empty one is not asked for.
         drain_seconds: how long requests that are running may take to finish.
+        message_max_bytes: of a WebSocket message.
     """
     host, port = listener.getsockname()[:2]
+    bounds = bounds or Bounds()
     async with Upgrades(upgrades or {}, credentials=credentials, bounds=bounds, end_seconds=drain_seconds) as taken:
-        server = uvicorn.Server(_config(app, taken, drain_seconds))
+        server = uvicorn.Server(_config(app, taken, bounds, drain_seconds, message_max_bytes))
         started = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             task = group.create_task(_run(server, listener, started), name="http server")
@@ -94,10 +99,16 @@ async def serving(
                 await asyncio.wait({task})
 
 
-def _config(app: Callable[..., Awaitable[None]], upgrades: Upgrades, drain_seconds: float) -> uvicorn.Config:
+def _config(
+    app: Callable[..., Awaitable[None]],
+    upgrades: Upgrades,
+    bounds: Bounds,
+    drain_seconds: float,
+    message_max_bytes: int,
+) -> uvicorn.Config:
     options: dict[str, Any] = {
         "http": upgrades.protocol(),
-        "ws": "none",
+        **websocket_options(message_max_bytes, bounds),
         "lifespan": "off",
         "log_config": None,
         "access_log": False,
