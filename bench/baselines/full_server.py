@@ -37,6 +37,8 @@ class OneByOne:
         self._connection = apsw.Connection(path)
         for pragma in ("journal_mode=WAL", "synchronous=FULL"):
             self._connection.execute(f"PRAGMA {pragma}").fetchall()
+        # Asked here: through the executor the node's policy would answer, not SQLite.
+        assert self._connection.pragma("synchronous") == 2, "this is not the floor"
         self._executor = Executor(self._connection, Limits(), may_write=True)
 
     async def pipeline(self, call: Call) -> Reply:
@@ -48,6 +50,9 @@ class OneByOne:
 
     async def cursor(self, call: Call, batch: Batch) -> CursorReply:
         raise NotImplementedError
+
+    async def close_stream(self, stream: int) -> None:
+        """There are none to close."""
 
     def status(self) -> Mapping[str, object]:
         return {}

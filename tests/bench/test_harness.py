@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench.harness import AGAIN, Ratio, Sample, alternate, compare, percentile
+from bench.processes import module, pipeline
+from bench.writes import BODY, TABLE
 
 
 def test_sides_are_measured_in_turn_and_each_round_begins_with_another() -> None:
@@ -65,6 +67,17 @@ def test_a_benchmark_writes_its_ratios_as_json(tmp_path: Path) -> None:
     ratios = json.loads(out.read_text())["ratios"]
     assert len(ratios) == 2
     assert {"name", "value", "goal", "met"} <= ratios[0].keys()
+
+
+def test_the_baseline_server_answers_as_a_node_does(tmp_path: Path) -> None:
+    """It stands on a node's own front door, so it must keep up with it."""
+    with module("bench.baselines.full_server", str(tmp_path / "full.db")) as (_, port):
+        url = f"http://127.0.0.1:{port}"
+        pipeline(url, TABLE)
+        command = [sys.executable, "-m", "bench.load", "127.0.0.1", port, "4", "0.3"]
+        loaded = json.loads(subprocess.run(command, input=BODY, capture_output=True, check=True).stdout)
+        assert loaded["errors"] == 0
+        assert pipeline(url, "SELECT count(*) FROM bench") == [[loaded["answered"]]]
 
 
 def test_an_unknown_name_is_a_usage_error() -> None:
