@@ -18,7 +18,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Iterator,
     Mapping,
     MutableMapping,
     Sequence,
@@ -36,17 +35,16 @@ from starlette.routing import Route
 from walship import __version__
 from walship.errors import (
     AuthFailed,
-    CorruptRecord,
     NotDone,
     NotReadOnly,
     ProtocolViolation,
     StatementFailed,
     TransactionTimeout,
-    UsageError,
     WalshipError,
 )
 from walship.formats.position import Position
 from walship.front.body import Bodies, BodyRefused
+from walship.front.websocket import Door
 from walship.hrana import http, json
 from walship.hrana.auth import OPEN, Gate, Grant, may_not_write
 from walship.hrana.baton import CLOSED
@@ -54,15 +52,13 @@ from walship.hrana.types import (
     Batch,
     BatchRequest,
     ErrorBody,
-    ExecuteRequest,
     Level,
-    SequenceRequest,
-    StreamRequest,
 )
 from walship.metrics import CONTENT_TYPE as METRICS_TYPE
-from walship.node.streams import Stream, StreamTable
+from walship.node.requests import changes_connection, freshness, may_open
+from walship.node.streams import STREAM_EXPIRED, Stream, StreamTable
+from walship.node.websocket import SocketStream
 from walship.service.request import Call, CursorReply, Reply
-from walship.sql.classify import Kind, Verdict, classify, split
 
 __all__ = ["NodeApp", "Pages", "Served"]
 
@@ -80,6 +76,8 @@ class Served(Protocol):
     async def pipeline(self, call: Call) -> Reply: ...
 
     async def cursor(self, call: Call, batch: Batch) -> CursorReply: ...
+
+    async def close_stream(self, stream: int) -> None: ...
 
 
 class Pages(Protocol):
@@ -109,7 +107,6 @@ _PREFLIGHT: Final[Headers] = [
     (b"access-control-max-age", b"86400"),
     (b"content-length", b"0"),
 ]
-_OPENING_KINDS: Final = frozenset({Kind.BEGIN_DEFERRED, Kind.BEGIN_IMMEDIATE, Kind.BEGIN_READONLY, Kind.SAVEPOINT})
 
 
 class NodeApp:
@@ -121,6 +118,8 @@ class NodeApp:
         max_body_bytes: longer request bodies are refused with 413, unread.
         baton_key: signs batons; random unless batons must survive this process.
         gate: who is let in; by default everybody.
+        drain_seconds: how long WebSocket connections may take to end when the server stops.
+        routes: further pages (embedded replicas).
     """
 
     def __init__(
@@ -132,6 +131,8 @@ class NodeApp:
         max_body_bytes: int = http.DEFAULT_MAX_BODY_BYTES,
         baton_key: bytes | None = None,
         gate: Gate = OPEN,
+        drain_seconds: float = 10.0,
+        routes: Sequence[Route] = (),
     ) -> None:
         self._service = service
         self._bodies = Bodies(max_body_bytes)
@@ -141,9 +142,18 @@ class NodeApp:
         rng = random.Random(secrets.token_bytes(32))
         self._streams = StreamTable(baton_key or secrets.token_bytes(32), lambda: rng.getrandbits(64))
         self._served_by = (b"walship-served-by", name.encode("ascii", "replace"))
-        self._pages = _pages(pages)
+        self._pages = _pages(pages, routes)
+        self._door = Door(
+            lambda client: SocketStream(service, client),
+            gate.authenticator.check_token,
+            queued_bytes=max_body_bytes,
+            drain_seconds=drain_seconds,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # its token comes with its first message
+            await self._door(scope, receive, send)
+            return
         if scope["type"] != "http":
             return
         method: str = scope["method"]
@@ -168,7 +178,7 @@ class NodeApp:
             body = await self._bodies.read(scope["headers"], receive)
             if body is None:
                 return
-            level, floor = _freshness(scope["headers"])
+            level, floor = freshness(scope["headers"])
             if endpoint.verb is http.Verb.PIPELINE:
                 await self._pipeline(body, endpoint.version, level, floor, grant, send)
             else:
@@ -196,7 +206,7 @@ class NodeApp:
             version=version,
         )
         reply = await self._run(stream, call, self._service.pipeline)
-        stream.changed = stream.changed or _changes_connection(decoded.requests)
+        stream.changed = stream.changed or changes_connection(decoded.requests)
         baton = self._streams.finish(stream, reply.stream, in_transaction=not reply.autocommit)
         data = json.pipeline_reply(baton, reply.results)
         headers = [
@@ -225,8 +235,8 @@ class NodeApp:
         reply = await self._run(stream, call, lambda call: self._service.cursor(call, decoded.batch))
         # The head goes out before the batch has run, so its baton must assume what the batch may do. The client may
         # use that baton at once, so the stream is free from here on; the service keeps its requests in order.
-        stream.changed = stream.changed or _changes_connection([BatchRequest(decoded.batch)])
-        may_be_open = stream.in_transaction or _may_open(decoded.batch)
+        stream.changed = stream.changed or changes_connection([BatchRequest(decoded.batch)])
+        may_be_open = stream.in_transaction or may_open(decoded.batch)
         baton = self._streams.finish(stream, reply.stream, in_transaction=may_be_open)
         sequence = stream.sequence
         headers = [
@@ -246,8 +256,10 @@ class NodeApp:
             try:
                 return await run(call)
             except ProtocolViolation as error:
-                if str(error) != CLOSED or stream.has_state or call.stream == 0:
+                if str(error) != CLOSED or call.stream == 0:
                     raise
+                if stream.has_state:
+                    raise StatementFailed("The stream has expired due to inactivity", STREAM_EXPIRED) from error
                 stream.service_stream = 0
                 return await run(replace(call, stream=0))
         except WalshipError as error:
@@ -280,65 +292,6 @@ class NodeApp:
         await send({"type": "http.response.body", "body": failure.body})
 
 
-def _freshness(headers: Headers) -> tuple[Level, Position | None]:
-    """The level and floor a client asks for. Raises UsageError for what is neither."""
-    level: Level | None = None
-    floor: Position | None = None
-    for name, value in headers:
-        if name == b"walship-consistency":
-            level = _level(value.decode("latin-1").strip().lower())
-        elif name == b"walship-min-position":
-            try:
-                floor = Position.parse_text(value.decode("latin-1").strip())
-            except CorruptRecord as error:
-                raise UsageError(f"header walship-min-position: {error}") from error
-    return level or Level.ANY, floor
-
-
-def _level(text: str) -> Level:
-    if text == "global":
-        return Level.SESSION
-    try:
-        return Level(text)
-    except ValueError as error:
-        allowed = ", ".join(Level)
-        raise UsageError(f"header walship-consistency: {text[:40]!r} is not a level; allowed: {allowed}") from error
-
-
-def _changes_connection(requests: Sequence[StreamRequest]) -> bool:
-    """May these requests leave settings or TEMP objects behind on their connection?"""
-    return any(_leaves_state(verdict) for request in requests for verdict in _verdicts(request))
-
-
-def _leaves_state(verdict: Verdict) -> bool:
-    return verdict.kind is Kind.CONNECTION_STATE and not verdict.session_functions
-
-
-def _may_open(batch: Batch) -> bool:
-    """May a transaction be open after this batch? Texts stored on the stream are taken for yes."""
-    return any(step.stmt.sql is None for step in batch.steps) or any(
-        verdict.kind in _OPENING_KINDS for verdict in _verdicts(BatchRequest(batch))
-    )
-
-
-def _verdicts(request: StreamRequest) -> Iterator[Verdict]:
-    """The verdict on each statement of a request; describe runs nothing, stored texts are not known here."""
-    if isinstance(request, ExecuteRequest):
-        texts: list[str | None] = [request.stmt.sql]
-    elif isinstance(request, BatchRequest):
-        texts = [step.stmt.sql for step in request.batch.steps]
-    elif isinstance(request, SequenceRequest):
-        texts = [request.sql]
-    else:
-        return
-    for text in texts:
-        verdict = classify(text or "")
-        if verdict.kind is Kind.MANY:
-            yield from map(classify, split(text or ""))
-        else:
-            yield verdict
-
-
 async def _stream_lines(head: bytes, lines: AsyncIterator[bytes], receive: Receive, send: Send) -> None:
     """Send the head and all lines; stop when the client goes away, so that its read transaction ends with it."""
     async with aclosing(cast("AsyncGenerator[bytes, None]", lines)) as chunks, asyncio.TaskGroup() as group:
@@ -366,7 +319,7 @@ async def _until_disconnect(receive: Receive) -> None:
         pass
 
 
-def _pages(pages: Pages) -> Starlette:
+def _pages(pages: Pages, further: Sequence[Route]) -> Starlette:
     """Everything that is not Hrana: probes, health, version, status, metrics."""
     cors = {name.decode(): value.decode() for name, value in _CORS}
 
@@ -397,7 +350,7 @@ def _pages(pages: Pages) -> Starlette:
         "/metrics": metrics,
     }
     routes = [Route(path, _in_loop(page), methods=["GET"]) for path, page in pages_by_path.items()]
-    return Starlette(routes=routes, exception_handlers={404: nothing})
+    return Starlette(routes=[*routes, *further], exception_handlers={404: nothing})
 
 
 def _in_loop(page: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from walship.config import NodeConfig, read_key_file
+from walship.coordination.baton_key import baton_key
 from walship.coordination.record import (
     LEADER,
     LeaderRecord,
@@ -63,6 +64,7 @@ from walship.node.report import Report
 from walship.node.role import Event, Role, next_role
 from walship.replication.publisher import Publisher
 from walship.replication.subscriber import Identity, Subscriber
+from walship.service.limits import Limits as ServiceLimits
 from walship.service.request import Call, CursorReply, Reply
 from walship.service.service import Service
 
@@ -417,7 +419,7 @@ class Node:
         while self.replica is None:
             self._replica_changed.clear()
             await self._replica_changed.wait()
-        self.service = await stack.enter_async_context(Service(self))
+        self.service = await stack.enter_async_context(Service(self, self._service_limits()))
 
     async def _retain(self) -> None:
         """Prune the log: never past the mark, kept for the slowest follower within bounds (R9)."""
@@ -516,6 +518,14 @@ class Node:
             raise Unavailable(f"{self.unready()}. Nothing was changed; try another node or connect to the proxy.")
         return self.service
 
+    def _service_limits(self) -> ServiceLimits:
+        config = self.config
+        return ServiceLimits(
+            read_seconds=config.statement_seconds,
+            write_seconds=config.write_seconds,
+            value_bytes=config.value_max_bytes,
+        )
+
     def _node_record(self) -> NodeRecord:
         return NodeRecord(
             node_id=self.node_id,
@@ -552,6 +562,7 @@ async def run(config: NodeConfig) -> int:
                 node.report,
                 name=node.name,
                 max_body_bytes=config.body_max_bytes,
+                baton_key=await baton_key(store),
                 gate=gate,
                 drain_seconds=config.drain_seconds,
                 routes=node.embedded.routes(),
@@ -561,7 +572,12 @@ async def run(config: NodeConfig) -> int:
                 upgrades["/walship/replication"] = node.publisher.serve
             credentials = {path: member.record.credential(path.rpartition("/")[2]) for path in upgrades}
             async with serving(
-                app, listener, upgrades=upgrades, credentials=credentials, drain_seconds=config.drain_seconds
+                app,
+                listener,
+                upgrades=upgrades,
+                credentials=credentials,
+                drain_seconds=config.drain_seconds,
+                message_max_bytes=config.body_max_bytes,
             ):
                 _say_ready(node)
                 failure = await node.serve()
