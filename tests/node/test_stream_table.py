@@ -64,6 +64,18 @@ def test_an_unknown_stream_is_revived_only_when_it_held_nothing(changed: bool) -
     assert caught.value.statement_code == "STREAM_EXPIRED"
 
 
+def test_a_loss_is_told_once_and_then_the_baton_is_good() -> None:
+    """PyPI libsql sends its last baton for ever (hrana.md 1.4): refused each time, it would never get out."""
+    baton = table().finish(table().begin(None), 7, in_transaction=True)
+    streams = table()
+    with pytest.raises(StatementFailed):
+        streams.begin(baton)
+    assert streams.begin(baton).service_stream == 0
+    held = streams.finish(streams.begin(None), 7, in_transaction=True)
+    streams.drop(streams.begin(held))  # as its request failed: that was the telling
+    assert streams.begin(held).service_stream == 0
+
+
 def test_a_stream_whose_transaction_ended_can_be_revived_again() -> None:
     streams = table()
     begun = streams.finish(streams.begin(None), 7, in_transaction=True)

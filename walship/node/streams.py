@@ -3,7 +3,8 @@
 Pure but for the randomness passed in. A stream here is a random id, the sequence its next baton must carry, and the
 service's stream behind it. The table is bounded: what falls out of it, or was known to a process that is gone, is
 revived when its baton says that nothing was lost with it, and has expired when there was: an open transaction, or
-settings of its connection (hrana.md 1.4, R21). Both are what the baton calls `in_transaction`.
+settings of its connection (hrana.md 1.4, R21). Both are what the baton calls `in_transaction`. Such a loss is told
+once; then the baton is good again, since PyPI libsql never forgets its last one, whatever the answer.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class StreamTable:
         self._random_u64 = random_u64
         self._max_streams = max_streams
         self._streams: dict[int, Stream] = {}
+        self._told: dict[int, None] = {}  # streams whose loss their clients know of, oldest first
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -58,16 +60,19 @@ class StreamTable:
         """The stream a request is for, marked busy; end it with `finish`, `undo` or `drop`.
 
         Raises ProtocolViolation for a baton that is not ours or was used, StatementFailed STREAM_EXPIRED when its
-        open transaction is gone, Overloaded when too many streams are open.
+        open transaction is gone (once), Overloaded when too many streams are open.
         """
         if baton is None:
             return self._new()
         said = open_baton(self._key, baton)
         stream = self._streams.get(said.stream)
         if stream is None:
-            if said.in_transaction:
+            if said.in_transaction and said.stream not in self._told:
+                self._remember_told(said.stream)
                 raise StatementFailed("The stream has expired due to inactivity", STREAM_EXPIRED)
-            return self._new()
+            stream = self._new()
+            self._told.pop(said.stream, None)
+            return stream
         if stream.busy or stream.sequence != said.sequence:
             raise ProtocolViolation(ALREADY_USED)
         stream.busy = True
@@ -97,8 +102,14 @@ class StreamTable:
             self._streams.pop(stream.id, None)
 
     def drop(self, stream: Stream) -> None:
-        """Forget the stream; its batons are revived or expired by what they say."""
+        """Forget the stream, whose client is being told why; its batons are good for a new beginning."""
         self._streams.pop(stream.id, None)
+        self._remember_told(stream.id)
+
+    def _remember_told(self, id: int) -> None:
+        if len(self._told) >= self._max_streams:
+            del self._told[next(iter(self._told))]
+        self._told[id] = None
 
     def _new(self) -> Stream:
         if len(self._streams) >= self._max_streams:
