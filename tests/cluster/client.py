@@ -70,6 +70,15 @@ class Client:
         """One statement on the kept stream of this client, which it opens or continues by its baton."""
         return self._results([_execute(sql, args)], stream=True)[0]
 
+    def describe(self, sql: str) -> list[str]:
+        """Names of the columns a statement would give."""
+        request = {"type": "describe", "sql": sql}
+        _, data = self._send("POST", "/v3/pipeline", json.dumps({"requests": [request, {"type": "close"}]}))
+        [reply, _] = json.loads(data)["results"]
+        if reply["type"] != "ok":
+            raise Failed(reply["error"].get("code") or "", reply["error"]["message"])
+        return [col["name"] for col in reply["response"]["result"]["cols"]]
+
     def end_stream(self) -> None:
         self._results([{"type": "close"}], stream=True)
         self.baton = None

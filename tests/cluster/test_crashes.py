@@ -11,31 +11,35 @@ from collections.abc import Callable
 from tests.cluster.harness import Cluster, checksum_of, content_of, same_files, say
 from tests.cluster.load import Load
 
-KILLS = 5
-
 
 def test_a_killed_follower_comes_back_level_while_writes_go_on(start_cluster: Callable[..., Cluster]) -> None:
+    kill_followers(start_cluster(), kills=5)
+
+
+def test_a_killed_leader_loses_no_acknowledged_write_and_followers_continue(
+    start_cluster: Callable[..., Cluster],
+) -> None:
+    kill_leader(start_cluster(), kills=5)
+
+
+def kill_followers(cluster: Cluster, *, kills: int) -> None:
     """Guarantees, "a follower, at any moment": it applies its log again and continues from the leader's, unseeded."""
-    cluster = start_cluster()
     with Load(prepared(cluster)) as load:
-        for _ in range(KILLS):
+        for _ in range(kills):
             load.wait_acked(random.randint(1, 200))
             restart(cluster, random.choice(cluster.followers))
         load.wait_acked(50)
     check(cluster, load, seeds={"n2": {0, 1}, "n3": {0, 1}})
 
 
-def test_a_killed_leader_loses_no_acknowledged_write_and_followers_continue(
-    start_cluster: Callable[..., Cluster],
-) -> None:
+def kill_leader(cluster: Cluster, *, kills: int) -> None:
     """R2, R7: restarted on the same data it leads again in a new term, at the TXID its -wal ends at."""
-    cluster = start_cluster()
     with Load(prepared(cluster)) as load:
-        for _ in range(KILLS):
+        for _ in range(kills):
             load.wait_acked(random.randint(1, 200))
             restart(cluster, cluster.leader)
         load.wait_acked(50)
-    assert cluster.status()["term"] == KILLS + 1
+    assert cluster.status()["term"] == kills + 1
     check(cluster, load, seeds={"n2": {1}, "n3": {1}})
 
 
