@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 
 from walship.config import NodeConfig, read_key_file
 from walship.coordination.baton_key import baton_key
-from walship.coordination.baton_key import baton_key
 from walship.coordination.record import (
     LEADER,
     LeaderRecord,
