@@ -5,6 +5,8 @@
     close               detach                                    -> ok
     watch PATH          read with invariants in threads until `report`  -> ok
     report              stop watching                             -> JSON {"reads": n, "violations": [...]}
+    hammer PATH KIND    write in a way of its own until `enough`   -> ok
+    enough              stop writing                               -> JSON {"commits": n, "errors": {text: count}}
 
 The invariants (tests/engine/test_apply.py writes so that each commit keeps them): the sum over `account` is constant,
 `counter` never falls, two reads inside one transaction agree, rows of `pair` come in twos.
@@ -73,7 +75,82 @@ class Watch:
         return json.dumps({"reads": self.reads, "violations": self.violations[:10]})
 
 
+class Hammer:
+    """A foreign program that writes the way KIND says, with SQLite's defaults: autocheckpoint 1000, close deletes."""
+
+    def __init__(self, path: str, kind: str) -> None:
+        self.path = path
+        self.stop = threading.Event()
+        self.commits = 0
+        self.errors: dict[str, int] = {}
+        self.step = getattr(self, kind)
+        self.connection = self.connect()
+        self.thread = threading.Thread(target=self.loop, daemon=True)
+        self.thread.start()
+
+    def connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, isolation_level=None, timeout=1, check_same_thread=False)
+
+    def loop(self) -> None:
+        while not self.stop.is_set():
+            try:
+                self.step()
+            except sqlite3.Error as error:
+                self.errors[str(error)] = self.errors.get(str(error), 0) + 1
+            time.sleep(0.002)  # SQLite's lock is not fair: without a pause nobody else would ever get it
+        self.connection.close()
+
+    def insert(self, size: int = 600) -> None:
+        self.connection.execute("INSERT INTO hammer(body) VALUES(randomblob(?))", (size,))
+        self.commits += 1
+
+    def plain(self) -> None:
+        self.insert()
+
+    def opening(self) -> None:
+        """Opens and closes for each commit; its close would checkpoint and delete the -wal if it were the last."""
+        self.connection.close()
+        self.connection = self.connect()
+        self.insert()
+
+    def spilling(self) -> None:
+        self.connection.execute("PRAGMA cache_size=5").fetchall()
+        self.connection.execute("BEGIN IMMEDIATE")
+        for _ in range(60):
+            self.connection.execute("INSERT INTO hammer(body) VALUES(randomblob(3000))")
+        if self.commits % 2:
+            self.connection.execute("ROLLBACK")
+            self.commits -= 1
+        else:
+            self.connection.execute("COMMIT")
+        self.commits += 2
+
+    def vacuum(self) -> None:
+        self.insert()
+        self.connection.execute("DELETE FROM hammer WHERE id % 3 = 0")
+        self.connection.execute("VACUUM")
+
+    def checkpoints(self) -> None:
+        for mode in ("TRUNCATE", "RESTART", "FULL", "PASSIVE"):
+            self.insert()
+            self.connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+
+    def journal(self) -> None:
+        self.insert()
+        for mode in ("delete", "truncate", "persist"):
+            try:
+                self.connection.execute(f"PRAGMA journal_mode={mode}").fetchall()
+            except sqlite3.OperationalError as error:
+                self.errors[str(error)] = self.errors.get(str(error), 0) + 1
+
+    def report(self) -> str:
+        self.stop.set()
+        self.thread.join()
+        return json.dumps({"commits": self.commits, "errors": self.errors})
+
+
 def main() -> None:
+    hammer: Hammer | None = None
     connection: sqlite3.Connection | None = None
     watch: Watch | None = None
     for line in sys.stdin:
@@ -91,6 +168,11 @@ def main() -> None:
                 connection.close()
             elif command == "watch":
                 watch = Watch(words[0])
+            elif command == "hammer":
+                hammer = Hammer(*words)
+            elif command == "enough":
+                assert hammer is not None
+                answer = hammer.report()
             elif command == "report":
                 assert watch is not None
                 answer = watch.report()

@@ -57,15 +57,20 @@ class Guard:
         self._idle = database.connect_reader()
         self.on_file = self._begin(self._active)
 
-    def advance(self) -> None:
-        """Begin a new read transaction at the tip, then end the old one.
+    def advance(self, let_go: Callable[[], bool]) -> bool:
+        """Begin a new read transaction at the tip, then end the old one; everything up to the tip must be in the log.
 
-        Only when everything up to the tip is in the log. When it lands on the file alone, the -wal's past is let go
-        as soon as WRITE is: then the log must be synced, `next_base` durable (R7).
+        Landing on the file alone lets go of the -wal's past. `let_go` is called just before that; when it says no,
+        the old transaction stays, and False is returned.
         """
-        self.on_file = self._begin(self._idle)
+        on_file = self._begin(self._idle)
+        if on_file and not let_go():
+            self._idle.execute("COMMIT")
+            return False
+        self.on_file = on_file
         self._active.execute("COMMIT")
         self._active, self._idle = self._idle, self._active
+        return True
 
     def close(self) -> None:
         self._active.close(True)
@@ -160,8 +165,21 @@ class Leader:
         self._on_frame(ref, data)
         self._on_group(captured.commits, sync_seconds)
         if self._guard.on_file:
-            self._guard.advance()
+            self._guard.advance(self._let_go)
         return tip
+
+    def make_way(self) -> bool:
+        """Move the guard on when another process waits for it in a checkpoint, which may hold WRITE meanwhile. True
+        when there was one.
+
+        A TRUNCATE needs two moves: one that lets the last frames be copied back, one that lands on the file. Call
+        this whenever idle, and while waiting for WRITE: waiting while parked would stall everybody (engine.md 8).
+        """
+        if not self.database.index.others_checkpoint():
+            return False
+        self.commit_group()
+        self._guard.advance(self._let_go)
+        return True
 
     def checkpoint_if_due(self) -> bool:
         """Copy the -wal back and let the next writer reuse it, once it has grown enough. True when it was done."""
@@ -191,17 +209,13 @@ class Leader:
                 header = self.database.index.header()
                 if self._capture.behind(header):
                     return False  # a foreign commit slipped in; it is captured first
-                self._guard.advance()
+                self._guard.advance(self._let_go)
                 if not self._backfill(header.mx_frame, _wait_seconds(size_bytes)):
                     self._held_back_since = self._held_back_since or self._clock()
                     return False
                 failpoints.reach("checkpoint.wal_backfilled")
-                # The guard still holds this generation. Only now is it known what the file must look like if nobody
-                # but the next generation's first writer touches anything.
-                stamp = FileStamp.of(self.database.file_fd)
-                self._state.update(next_base=tip.position.txid, next_base_file=stamp)
-                failpoints.reach("checkpoint.state_written")
-                self._guard.advance()
+                if not self._guard.advance(self._let_go):
+                    return False
         except apsw.BusyError:
             return False
         finally:
@@ -212,6 +226,17 @@ class Leader:
             truncate(self._checkpointer, _LONG_WAIT_MS)
         elif size_bytes > PATIENCE_BYTES:
             restart(self._checkpointer, _SHORT_WAIT_MS)
+        return True
+
+    def _let_go(self) -> bool:
+        """R7: the log is synced through everything in the -wal and `next_base` is durable, before the guard, which
+        still holds this generation, lets it be reset. False when a commit came in that is not captured yet."""
+        if self._capture.behind(self.database.index.header()):
+            return False
+        tip = self.log.sync()
+        # Everything is in the file now: what it must look like if nobody but the next generation's first writer comes.
+        self._state.update(next_base=tip.position.txid, next_base_file=FileStamp.of(self.database.file_fd))
+        failpoints.reach("checkpoint.state_written")
         return True
 
     def _backfill(self, mx_frame: int, wait_seconds: float) -> bool:

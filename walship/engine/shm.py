@@ -14,8 +14,10 @@ Warnings (engine.md 3, design.md R25):
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import struct
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from walship.engine import failpoints
 from walship.errors import CorruptWalIndex, StorageFailed
 from walship.formats.wal_index import (
     BLOCK_SIZE,
+    CHECKPOINT_LOCK,
     COPY_OFFSETS,
     HASH_OFFSET,
     HASH_SLOTS,
@@ -44,6 +47,7 @@ __all__ = ["WalIndex"]
 _HEADER_SPINS = 20
 _HEADER_PAUSE_SECONDS = 0.0001
 _HEADER_DEADLINE_SECONDS = 5.0
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 _COPIES_SIZE = COPY_OFFSETS[1] + INDEX_HEADER_SIZE
 
 
@@ -92,6 +96,12 @@ class WalIndex:
 
     def checkpoint_info(self) -> CheckpointInfo:
         return CheckpointInfo.parse(bytes(self._head[:PREFIX_SIZE]))
+
+    def others_checkpoint(self) -> bool:
+        """True iff another process holds the checkpoint lock. Only asks (F_GETLK): we never lock here (T1)."""
+        query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, CHECKPOINT_LOCK, 1, 0)
+        kind, *_ = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_GETLK, query))
+        return bool(kind != fcntl.F_UNLCK)
 
     def newest_frames(self, mx_frame: int) -> dict[int, int]:
         """Map pgno -> newest frame number <= mx_frame, from the index pages. 1..mx_frame must be published."""

@@ -37,6 +37,8 @@ _log = logging.getLogger("walship.engine")
 
 T = TypeVar("T")
 
+_BUSY_SECONDS = 2.0  # how long a job waits for a foreign writer
+
 
 @dataclass(frozen=True, slots=True)
 class WriterLimits:
@@ -201,6 +203,8 @@ class Writer:
         self._counters = _Counters()
         self._draining = False
         self._ended = False
+        self._busy_until = self._pause_seconds = 0.0
+        self._broken: BaseException | None = None
         self._alone: Turn | _Call | None = None  # taken from the queue, not yet at its end
         self.failed: BaseException | None = None
         self._stopped: asyncio.Future[None] | None = None
@@ -433,6 +437,7 @@ class Writer:
         running: list[_Job] = []
         try:
             connection = self._leader.database.connect_writer()
+            connection.set_busy_handler(self._wait_for_write)
             while self._step(connection, running):
                 running.clear()
         except BaseException as error:  # noqa: BLE001 - handed to the owner, who ends the process
@@ -444,12 +449,30 @@ class Writer:
             if connection is not None:
                 connection.close(True)
 
+    def _wait_for_write(self, tries: int) -> bool:
+        """SQLite calls this while another process holds WRITE; False gives up (SQLITE_BUSY).
+
+        It may be a checkpoint that waits for our own read transaction, so the guard moves on meanwhile.
+        """
+        now = self._clock()
+        if tries == 0:
+            self._busy_until, self._pause_seconds = now + _BUSY_SECONDS, 0.0
+        try:
+            moved = self._leader.make_way()
+        except BaseException as error:  # noqa: BLE001 - not the job's error: raised again once SQLite has returned
+            self._broken = error
+            return False
+        # A program that checkpoints again and again leaves only short moments in between: look closely after each.
+        self._pause_seconds = 0.0002 if moved else min(2 * self._pause_seconds + 0.0002, 0.002)
+        time.sleep(self._pause_seconds)
+        return now < self._busy_until
+
     def _step(self, connection: apsw.Connection, running: list[_Job]) -> bool:
         """One group, one turn, or one look for foreign commits. False when the thread shall end."""
         try:
             item = self._queue.get(timeout=self._limits.foreign_poll_seconds)
         except queue.Empty:
-            self._finish([], 0)
+            self._look()
             return True
         taken = 0
         while True:
@@ -458,8 +481,10 @@ class Writer:
                 return False
             taken += 1
             if isinstance(item, _Job):
-                _run(item, connection)
                 running.append(item)
+                _run(item, connection)
+                if self._broken is not None:
+                    raise self._broken
             else:
                 self._alone = item
                 self._finish(running, taken - 1)
@@ -483,9 +508,13 @@ class Writer:
             return
         self._counters.turns += 1
         self.call_soon(_resolve, item.granted, None)
-        item._hold(self._limits, waiting=lambda: not self._queue.empty(), look=lambda: self._finish([], 0))
+        item._hold(self._limits, waiting=lambda: not self._queue.empty(), look=self._look)
         self._counters.turns_expired += item.expired
         self._finish([_Job(_nothing, item.finished, item._ack)], 1)
+
+    def _look(self) -> None:
+        self._finish([], 0)
+        self._leader.make_way()
 
     def _call(self, call: _Call) -> None:
         try:
