@@ -34,13 +34,12 @@ from proxy.plan import Known
 from proxy.status import cluster_status, refresh_gauges
 from proxy.streams import StreamLimits, Streams
 from walship import __version__
-from walship.config import ProxyConfig, read_key_file
+from walship.config import ProxyConfig, open_gate
 from walship.coordination.presence import BATON_KEY, Presence
 from walship.coordination.store import Store, open_store
 from walship.errors import AuthFailed, CompareFailed, StoreUnavailable, UsageError
 from walship.front.body import Bodies
 from walship.front.protocol import Bounds
-from walship.hrana.auth import Authenticator, Gate
 from walship.hrana.http import ENDPOINTS, PROBES
 from walship.metrics import CONTENT_TYPE, ProxyMetrics
 
@@ -77,7 +76,8 @@ class Proxy:
         self.config, self.url, self.name = config, "", config.name
         self.metrics = ProxyMetrics()
         self.floors = Floors()
-        self.streams = Streams(baton_key, rng, stream_limits, Settings(level=config.consistency))
+        limits = stream_limits or StreamLimits.of(config.stream_idle_seconds)
+        self.streams = Streams(baton_key, rng, limits, Settings(level=config.consistency))
         self._clock = asyncio.get_running_loop().time
         self.backends = Backends(store, self.floors, rng=rng, clock=self._clock, on_lost=self.streams.drop_connection)
         self.freshness = Freshness(self.backends, self.floors, self.metrics, neighbours)
@@ -97,8 +97,8 @@ class Proxy:
             known=self._known,
             bodies=Bodies(config.body_max_bytes),
         )
-        self.gate = Gate(Authenticator.of(config.auth_token, read_key_file(config.auth_jwt_key)), config.auth_status)
-        self.embedded = EmbeddedProxy(self.backends, rng)
+        self.gate = open_gate(config)
+        self.embedded = EmbeddedProxy(self.backends, self.floors, rng)
         self.on_drain: Callable[[], None] = lambda: None
         self._others: ASGIApp = Starlette(
             routes=[

@@ -4,7 +4,7 @@ Each command has one frozen dataclass and one table of `Setting`s. A value is ta
 the flag, `WALSHIP_<FLAG>` in the environment, the command's table in the TOML file of `--config`, the default.
 `build` gathers every problem before it raises, and names key and allowed values. No dict travels past this module.
 
-It imports nothing of walship but the error tree, the names of levels, and the cluster URL's check, so that node and
+It imports nothing of walship but the error tree, levels, tokens, and the check of a cluster URL, so that node and
 proxy may import it.
 """
 
@@ -21,6 +21,7 @@ import msgspec
 
 from walship.coordination.store import check_store_url
 from walship.errors import UsageError
+from walship.hrana.auth import Authenticator, Gate
 from walship.hrana.types import Level
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
     "UpConfig",
     "build",
     "environment_name",
-    "read_key_file",
+    "open_gate",
 ]
 
 MIB = 1 << 20
@@ -65,7 +66,11 @@ class NodeConfig:
     log_max_bytes: int = GIB  # a GiB holds minutes of heavy writing, and a laggard beyond that is faster re-seeded
     log_keep_seconds: float = 3600.0  # longer than a restart or a reboot takes
     wal_max_bytes: int = 64 * MIB  # recovery of a -wal this large takes well under a second
+    stream_idle_seconds: float = 10.0  # an open transaction without a request; other state idles in proportion
     body_max_bytes: int = 16 * MIB
+    statement_seconds: float = 30.0  # a read; longer ones are reports that belong on a copy
+    write_seconds: float = 300.0  # a write outside of a transaction, during which nobody else writes
+    value_max_bytes: int = 64 * MIB  # several are in memory at once, a few times over
     auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
     auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
     auth_status: bool = False  # /status and /metrics need a token too
@@ -91,6 +96,7 @@ class ProxyConfig:
     session_scope: str = "cluster"  # or "proxy": other proxies' writes are not waited for
     wait_seconds: float = 0.05  # above the apply lag of a healthy follower, below what a person notices
     deadline_seconds: float = 10.0  # a whole request, waits for a leader included
+    stream_idle_seconds: float = 10.0  # an open transaction without a request; other state idles in proportion
     body_max_bytes: int = 16 * MIB
     auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
     auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
@@ -113,6 +119,10 @@ class UpConfig:
     consistency: Level = Level.SESSION  # passed to the proxy
     log_max_bytes: int = GIB
     ready_seconds: float = 60.0
+    stream_idle_seconds: float = 10.0  # passed to each part
+    statement_seconds: float = 30.0
+    write_seconds: float = 300.0
+    value_max_bytes: int = 64 * MIB
     auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
     auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
     auth_status: bool = False  # /status and /metrics need a token too
@@ -149,12 +159,13 @@ class Setting:
 C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig)
 
 
-def read_key_file(path: Path | None) -> bytes | None:
-    """The file of --auth-jwt-key. Raises UsageError when it cannot be read."""
+def open_gate(config: NodeConfig | ProxyConfig | UpConfig) -> Gate:
+    """Who is let in. Raises UsageError when the file of --auth-jwt-key cannot be read, or holds no key."""
     try:
-        return None if path is None else path.read_bytes()
+        keys = None if config.auth_jwt_key is None else config.auth_jwt_key.read_bytes()
     except OSError as error:
-        raise UsageError(f"--auth-jwt-key {path}: {error.strerror}. Nothing was started") from error
+        raise UsageError(f"--auth-jwt-key {config.auth_jwt_key}: {error.strerror}. Nothing was started") from error
+    return Gate(Authenticator.of(config.auth_token, keys), config.auth_status)
 
 
 def environment_name(flag: str) -> str:
@@ -276,6 +287,7 @@ _DRAIN = Setting("drain-seconds", _field("drain_seconds", _seconds(0.1, 3600)), 
 _LEVEL = Setting("log-level", _field("log_level", _text(_LEVELS)), _LEVELS.replace("|", ", "))
 _BODY = Setting("body-max", _field("body_max_bytes", _size(64 << 10)), _SIZE_WORDS + ", at least 64KiB")
 _LOG_MAX = Setting("log-max", _field("log_max_bytes", _size(8 * MIB)), _SIZE_WORDS + ", at least 8MiB")
+_STREAM_IDLE = Setting("stream-idle-seconds", _field("stream_idle_seconds", _seconds(0.5, 3600)), "0.5 to 3600 seconds")
 _JSON = Setting("json", _field("json", _yes), "true or false")
 _AUTH_TOKEN = Setting(
     "auth-token", _field("auth_token", _text(r"[!-~]{1,4096}")), "1 to 4096 visible ASCII characters", secret=True
@@ -284,6 +296,11 @@ _AUTH = (
     _AUTH_TOKEN,
     Setting("auth-jwt-key", _field("auth_jwt_key", _path), "a file of Ed25519 public keys: PEM, or one in base64url"),
     Setting("auth-status", _field("auth_status", _yes), "true or false"),
+)
+_WORK = (
+    Setting("statement-seconds", _field("statement_seconds", _seconds(0.1, 86400)), "0.1 to 86400 seconds"),
+    Setting("write-seconds", _field("write_seconds", _seconds(0.1, 86400)), "0.1 to 86400 seconds"),
+    Setting("value-max", _field("value_max_bytes", _size(1 * MIB)), _SIZE_WORDS + ", at least 1MiB"),
 )
 _ACK_WORDS = "0 to 15 follower acknowledgments, fewer than there are voters"
 
@@ -303,7 +320,9 @@ NODE = (
     _LOG_MAX,
     Setting("log-keep-seconds", _field("log_keep_seconds", _seconds(0, 10**8)), "0 to 100000000 seconds"),
     Setting("wal-max", _field("wal_max_bytes", _size(1 * MIB)), _SIZE_WORDS + ", at least 1MiB"),
+    _STREAM_IDLE,
     _BODY,
+    *_WORK,
     *_AUTH,
     _DRAIN,
     _LEVEL,
@@ -318,6 +337,7 @@ PROXY = (
     Setting("session-scope", _field("session_scope", _text("cluster|proxy")), "cluster, proxy"),
     Setting("wait-seconds", _field("wait_seconds", _seconds(0, 60)), "0 to 60 seconds"),
     Setting("deadline-seconds", _field("deadline_seconds", _seconds(0.1, 600)), "0.1 to 600 seconds"),
+    _STREAM_IDLE,
     _BODY,
     *_AUTH,
     _DRAIN,
@@ -334,6 +354,8 @@ UP = (
     _CONSISTENCY,
     _LOG_MAX,
     Setting("ready-seconds", _field("ready_seconds", _seconds(1, 3600)), "1 to 3600 seconds"),
+    _STREAM_IDLE,
+    *_WORK,
     *_AUTH,
     _DRAIN,
     _LEVEL,

@@ -56,7 +56,11 @@ _ADVERTISE = _option("advertise", "URL", "How others reach this process. Default
 _DRAIN = _option("drain-seconds", "S", "Time to finish running requests when stopped. Default 10.")
 _LEVEL = _option("log-level", "LEVEL", "debug, info, warning or error. Default info.")
 _BODY = _option("body-max", "SIZE", "Largest request body. Default 16MiB.")
+_STREAM_IDLE = _option("stream-idle-seconds", "S", "Longest an open transaction waits for its client. Default 10.")
 _LOG_MAX = _option("log-max", "SIZE", "Most bytes of log a node keeps for followers that were away. Default 1GiB.")
+_STATEMENT = _option("statement-seconds", "S", "Longest a statement may read. Default 30.")
+_WRITE = _option("write-seconds", "S", "Longest a statement may write outside of a transaction. Default 300.")
+_VALUE_MAX = _option("value-max", "SIZE", "Largest text, blob or row of a statement. Default 64MiB.")
 _AUTH_TOKEN = _option("auth-token", "TOKEN", "Token clients must show. Better in WALSHIP_AUTH_TOKEN: flags show in ps.")
 _AUTH_JWT_KEY = _option("auth-jwt-key", "FILE", "Ed25519 public keys: their JWTs are taken as tokens.")
 _AUTH_STATUS = _option("auth-status", "", "Ask for a token on /status and /metrics too.")
@@ -108,6 +112,10 @@ def up(
     consistency: Annotated[Text, _CONSISTENCY] = None,
     log_max: Annotated[Text, _LOG_MAX] = None,
     ready_seconds: Annotated[Text, _option("ready-seconds", "S", "Give up if not healthy by then. Default 60.")] = None,
+    stream_idle_seconds: Annotated[Text, _STREAM_IDLE] = None,
+    statement_seconds: Annotated[Text, _STATEMENT] = None,
+    write_seconds: Annotated[Text, _WRITE] = None,
+    value_max: Annotated[Text, _VALUE_MAX] = None,
     auth_token: Annotated[Text, _AUTH_TOKEN] = None,
     auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
     auth_status: Annotated[Flag, _AUTH_STATUS] = None,
@@ -127,6 +135,10 @@ def up(
         consistency=consistency,
         log_max=log_max,
         ready_seconds=ready_seconds,
+        stream_idle_seconds=stream_idle_seconds,
+        statement_seconds=statement_seconds,
+        write_seconds=write_seconds,
+        value_max=value_max,
         auth_token=auth_token,
         auth_jwt_key=auth_jwt_key,
         auth_status=auth_status or None,
@@ -178,7 +190,11 @@ def node(
         Text, _option("log-keep-seconds", "S", "Age up to which log is kept. Default 3600.")
     ] = None,
     wal_max: Annotated[Text, _option("wal-max", "SIZE", "Checkpoint before the -wal is larger. Default 64MiB.")] = None,
+    stream_idle_seconds: Annotated[Text, _STREAM_IDLE] = None,
     body_max: Annotated[Text, _BODY] = None,
+    statement_seconds: Annotated[Text, _STATEMENT] = None,
+    write_seconds: Annotated[Text, _WRITE] = None,
+    value_max: Annotated[Text, _VALUE_MAX] = None,
     auth_token: Annotated[Text, _AUTH_TOKEN] = None,
     auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
     auth_status: Annotated[Flag, _AUTH_STATUS] = None,
@@ -204,7 +220,11 @@ def node(
         log_max=log_max,
         log_keep_seconds=log_keep_seconds,
         wal_max=wal_max,
+        stream_idle_seconds=stream_idle_seconds,
         body_max=body_max,
+        statement_seconds=statement_seconds,
+        write_seconds=write_seconds,
+        value_max=value_max,
         auth_token=auth_token,
         auth_jwt_key=auth_jwt_key,
         auth_status=auth_status or None,
@@ -243,6 +263,7 @@ def proxy(
     deadline_seconds: Annotated[
         Text, _option("deadline-seconds", "S", "Longest time for a whole request. Default 10.")
     ] = None,
+    stream_idle_seconds: Annotated[Text, _STREAM_IDLE] = None,
     body_max: Annotated[Text, _BODY] = None,
     auth_token: Annotated[Text, _AUTH_TOKEN] = None,
     auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
@@ -262,6 +283,7 @@ def proxy(
         session_scope=session_scope,
         wait_seconds=wait_seconds,
         deadline_seconds=deadline_seconds,
+        stream_idle_seconds=stream_idle_seconds,
         body_max=body_max,
         auth_token=auth_token,
         auth_jwt_key=auth_jwt_key,

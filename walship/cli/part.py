@@ -7,6 +7,7 @@ import ctypes
 import inspect
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Coroutine
@@ -19,6 +20,7 @@ __all__ = ["PARENT", "run_node", "run_proxy"]
 
 PARENT = "WALSHIP_PARENT"  # pid of the `walship up` that started this process
 _PR_SET_PDEATHSIG = 1
+_MOST_FILES = 65_536
 
 
 def run_node(config: NodeConfig) -> int:
@@ -55,8 +57,21 @@ def _begin(log_level: str) -> None:
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    for library in ("httpx", "httpcore", "watchdog"):  # a line for each request or file event says nothing of ours
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for library in ("uvicorn", "websockets"):  # at DEBUG they write out heads and messages, tokens and rows included
+        logging.getLogger(library).setLevel(max(logging.INFO, logging.getLevelName(log_level.upper())))
+    _open_many_files()
     if (parent := os.environ.get(PARENT)) is not None:
         _follow(int(parent) if parent.isdecimal() else 0)
+
+
+def _open_many_files() -> None:
+    """Take what the system allows: the usual soft limit of 1024 is for programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _follow(parent: int) -> None:

@@ -28,11 +28,10 @@ import httpx
 from walship.cli import adopt, output
 from walship.cli.children import Child
 from walship.cli.status import describe
-from walship.config import DEFAULT_FOLLOWERS, NODE, PROXY, STATUS, UP, UpConfig, environment_name, read_key_file
+from walship.config import DEFAULT_FOLLOWERS, NODE, PROXY, STATUS, UP, UpConfig, environment_name, open_gate
 from walship.coordination.file_store import FileStore, HeldLock
 from walship.coordination.record import ClusterRecord, create_cluster, read_cluster, read_leader
 from walship.errors import StorageFailed, StoreUnavailable, Unavailable, UsageError, WalshipError
-from walship.hrana.auth import Authenticator
 
 __all__ = ["run"]
 
@@ -55,7 +54,7 @@ class _Plan:
 def run(config: UpConfig) -> int:
     """Run until a signal (0) or a failure (raised). Blocks; the cluster lives in child processes."""
     config = dataclasses.replace(config, data_dir=config.data_dir.absolute())
-    Authenticator.of(config.auth_token, read_key_file(config.auth_jwt_key))  # a bad key is said before anything starts
+    open_gate(config)  # a bad key is said before anything starts
     return asyncio.run(_up(config))
 
 
@@ -208,6 +207,7 @@ def _children(config: UpConfig, plan: _Plan) -> list[Child]:
     walship = [sys.executable, "-m", "walship"]
 
     both = ["--drain-seconds", str(config.drain_seconds), "--log-level", config.log_level]
+    both += ["--stream-idle-seconds", str(config.stream_idle_seconds)]
     if config.auth_jwt_key is not None:
         both += ["--auth-jwt-key", str(config.auth_jwt_key)]
     if config.auth_status:
@@ -216,6 +216,8 @@ def _children(config: UpConfig, plan: _Plan) -> list[Child]:
     def node(name: str, *, first: bool) -> list[str]:
         words = [*walship, "node", "--name", name, "--data", str(config.data_dir / name), "--cluster", plan.cluster_url]
         words += ["--listen", "127.0.0.1:0", "--log-max", str(config.log_max_bytes), *both]
+        words += ["--statement-seconds", str(config.statement_seconds), "--write-seconds", str(config.write_seconds)]
+        words += ["--value-max", str(config.value_max_bytes)]
         if first and plan.founding:
             words += ["--init", "--voters", ",".join(plan.record.voters), "--ack", str(plan.record.acks)]
         if first and plan.founding and plan.database is not None:

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from walship.config import NodeConfig, read_key_file
+from walship.config import NodeConfig, open_gate
 from walship.coordination.baton_key import baton_key
 from walship.coordination.record import (
     LEADER,
@@ -51,7 +51,6 @@ from walship.engine.writer import Writer
 from walship.errors import CorruptData, Draining, NotLeader, Unavailable, WalshipError
 from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
-from walship.hrana.auth import Authenticator, Gate
 from walship.hrana.types import Batch, Level
 from walship.node.app import NodeApp
 from walship.node.embedded import EmbeddedReplicas
@@ -64,7 +63,7 @@ from walship.node.report import Report
 from walship.node.role import Event, Role, next_role
 from walship.replication.publisher import Publisher
 from walship.replication.subscriber import Identity, Subscriber
-from walship.service.limits import Limits as ServiceLimits
+from walship.service.limits import Limits
 from walship.service.request import Call, CursorReply, Reply
 from walship.service.service import Service
 
@@ -419,7 +418,7 @@ class Node:
         while self.replica is None:
             self._replica_changed.clear()
             await self._replica_changed.wait()
-        self.service = await stack.enter_async_context(Service(self, self._service_limits()))
+        self.service = await stack.enter_async_context(Service(self, Limits.of(self.config)))
 
     async def _retain(self) -> None:
         """Prune the log: never past the mark, kept for the slowest follower within bounds (R9)."""
@@ -518,14 +517,6 @@ class Node:
             raise Unavailable(f"{self.unready()}. Nothing was changed; try another node or connect to the proxy.")
         return self.service
 
-    def _service_limits(self) -> ServiceLimits:
-        config = self.config
-        return ServiceLimits(
-            read_seconds=config.statement_seconds,
-            write_seconds=config.write_seconds,
-            value_bytes=config.value_max_bytes,
-        )
-
     def _node_record(self) -> NodeRecord:
         return NodeRecord(
             node_id=self.node_id,
@@ -556,14 +547,13 @@ async def run(config: NodeConfig) -> int:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, node.stop.set)
-            gate = Gate(Authenticator.of(config.auth_token, read_key_file(config.auth_jwt_key)), config.auth_status)
             app = NodeApp(
                 node,
                 node.report,
                 name=node.name,
                 max_body_bytes=config.body_max_bytes,
                 baton_key=await baton_key(store),
-                gate=gate,
+                gate=open_gate(config),
                 drain_seconds=config.drain_seconds,
                 routes=node.embedded.routes(),
             )

@@ -18,7 +18,7 @@ import apsw
 
 from walship.errors import Overloaded
 from walship.service.executor import Counters, Executor
-from walship.service.limits import Limits
+from walship.service.limits import Limits, limit_values
 from walship.sql import guard
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class Connections:
         connection = self._database.connect_writer() if writer else self._database.connect_reader()
         try:
             guard.install(connection, follower=not writer, shared=False)
+            limit_values(connection, self._limits.value_bytes)
             lane = Lane(connection, Executor(connection, self._limits), writer)
             connection.set_progress_handler(lambda: self._shall_stop(lane), _STRIDE)
             return lane

@@ -90,7 +90,8 @@ class Executor:
     Attributes:
         may_write: statements that write are stepped. False: `Need.WRITE` first.
         virtual: transaction words are answered without SQLite.
-        budgeted: an interruption ends the whole run (apsw.InterruptError) instead of failing one statement.
+        budgeted: an interruption, or a value too large for here, ends the whole run (apsw.InterruptError,
+            apsw.TooBigError) instead of failing one statement.
         text: the SQL text run last, for whoever must remember it as slow.
         counters: the values of the stream being served; replaced by whoever changes streams.
         readonly_transaction: the open transaction was begun READONLY.
@@ -448,7 +449,7 @@ class Executor:
         return self.counters.total_changes if self._verdict.session_functions else self.connection.total_changes()
 
     def _translated(self, error: Exception) -> Exception:
-        if isinstance(error, apsw.InterruptError) and self.budgeted:
+        if isinstance(error, apsw.InterruptError | apsw.TooBigError) and self.budgeted:
             return error
         return statement_error(error, prepared=self._started)
 
@@ -509,6 +510,12 @@ def statement_error(error: Exception, *, prepared: bool) -> StatementFailed:
             return StatementFailed(f"SQL string could not be parsed: {error}{where}", "SQL_PARSE_ERROR")
         if not prepared and offset >= 0:
             return StatementFailed(f"SQL input error: {error} (at offset {offset})", "SQL_INPUT_ERROR")
+        if isinstance(error, apsw.InterruptError):
+            return StatementFailed(
+                "SQLite error: interrupted: the statement ran for longer than this server allows, or the server stops. "
+                "Nothing of it was kept",
+                _code_name(error),
+            )
         return StatementFailed(f"SQLite error: {error}", _code_name(error))
     if isinstance(error, UnicodeDecodeError):
         return StatementFailed(

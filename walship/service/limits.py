@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Limits"]
+import apsw
+
+from walship.config import NodeConfig
+
+__all__ = ["Limits", "idle_limits", "limit_values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,13 @@ class Limits:
     """Reads that may wait, inline or for a worker; beyond it Overloaded."""
     read_seconds: float = 30.0
     """A read on a worker is interrupted after this long."""
+    write_seconds: float = 300.0
+    """A statement that writes, outside of a transaction of its client's, is interrupted and undone after this long:
+    others wait for it. Long enough for an index on a large table; a transaction has the turn's own limits (R21)."""
+    value_bytes: int = 64 << 20
+    """The largest text, blob or row a statement may make or touch: SQLite's own gigabyte is a node's whole memory."""
+    inline_value_bytes: int = 1 << 20
+    """The same for a read on the loop thread; what is larger moves to a worker."""
     streams: int = 4_096
     """Streams remembered, with or without a connection."""
     connections: int = 128
@@ -40,7 +51,9 @@ class Limits:
     stream_threads: int = 8
     """Threads that run the statements of streams with an own connection."""
     transaction_idle_seconds: float = 10.0
-    """A stream with an open transaction or connection state is closed after this long without a request."""
+    """A stream with an open transaction is closed after this long without a request."""
+    state_idle_seconds: float = 300.0
+    """One whose connection has PRAGMA settings or TEMP objects, but no transaction; sooner when connections run out."""
     stream_idle_seconds: float = 600.0
     """A stream without a connection is forgotten after this long; its baton can be revived by the front door."""
     expired_seconds: float = 300.0
@@ -55,3 +68,26 @@ class Limits:
     """How long a read on the leader waits until what it saw is acknowledged (R17)."""
     stream_wait_seconds: float = 30.0
     """How long a call waits for an earlier call of the same stream."""
+
+    @classmethod
+    def of(cls, config: NodeConfig) -> Limits:
+        """With what a node's settings say; what idles otherwise than in a transaction, in proportion."""
+        of_default = config.stream_idle_seconds / cls().transaction_idle_seconds
+        return cls(
+            read_seconds=config.statement_seconds,
+            write_seconds=config.write_seconds,
+            value_bytes=config.value_max_bytes,
+            transaction_idle_seconds=config.stream_idle_seconds,
+            state_idle_seconds=cls().state_idle_seconds * of_default,
+            stream_idle_seconds=cls().stream_idle_seconds * of_default,
+        )
+
+
+def limit_values(connection: apsw.Connection, size_bytes: int) -> None:
+    """Bound what one value may take, and what one instruction may cost: functions on large values are not
+    interrupted by a progress handler."""
+    connection.limit(apsw.SQLITE_LIMIT_LENGTH, size_bytes)
+    connection.limit(apsw.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _MAX_PATTERN_BYTES)
+
+
+_MAX_PATTERN_BYTES = 4096  # matching costs pattern times text

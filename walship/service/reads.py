@@ -29,7 +29,7 @@ from walship.errors import Behind, NotReadOnly, Overloaded, WalshipError, WriteL
 from walship.formats.position import Position
 from walship.hrana.types import Batch, BatchRequest, DescribeRequest, ExecuteRequest, Level, SequenceRequest
 from walship.service.executor import Counters, Executor, Need, drive
-from walship.service.limits import Limits
+from walship.service.limits import Limits, limit_values
 from walship.service.plan import Item
 from walship.service.request import Host
 from walship.sql import guard
@@ -71,7 +71,7 @@ class Reads:
         self._hits = 0
         self._budget_hits = max(1, limits.inline_steps // limits.step_stride)
         self._connection = host.database.connect_reader()
-        self._executor = _reader(self._connection, limits)
+        self._executor = _reader(self._connection, limits, value_bytes=limits.inline_value_bytes)
         self._executor.budgeted = True
         self._connection.set_progress_handler(self._over_budget, limits.step_stride)
         self._queue: SimpleQueue[_Member | None] = SimpleQueue()
@@ -132,7 +132,7 @@ class Reads:
             return None, self._lowest()
         try:
             answers, position = await self._member(run, texts, floor, wait_seconds, level, workers=False)
-        except (_TooLarge, apsw.InterruptError):
+        except (_TooLarge, apsw.InterruptError, apsw.TooBigError):
             return None, self._lowest()
         return answers[0], position
 
@@ -244,7 +244,7 @@ class Reads:
             answer = member.run(self._executor)
             self.inline += 1
             return answer
-        except apsw.InterruptError as error:
+        except (apsw.InterruptError, apsw.TooBigError) as error:
             self._remember_slow(self._executor.text)
             if not member.movable:
                 return error
@@ -281,7 +281,7 @@ class Reads:
         connection = self._host.database.connect_reader()
         deadline = [0.0]
         connection.set_progress_handler(lambda: self._closing or self._clock() > deadline[0], 10_000)
-        executor = _reader(connection, self._limits)
+        executor = _reader(connection, self._limits, value_bytes=self._limits.value_bytes)
         try:
             while (member := self._queue.get()) is not None:
                 if member.abandoned:
@@ -318,8 +318,9 @@ def _settle(member: _Member, answer: tuple[list[bytes], Position] | BaseExceptio
         member.done.set_result(answer)
 
 
-def _reader(connection: apsw.Connection, limits: Limits) -> Executor:
+def _reader(connection: apsw.Connection, limits: Limits, *, value_bytes: int) -> Executor:
     guard.install(connection, follower=True, shared=True)
+    limit_values(connection, value_bytes)
     return Executor(connection, limits)
 
 

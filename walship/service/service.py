@@ -13,6 +13,7 @@ A list is never split once it has begun to write: a reply that says "not done" m
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from walship.hrana.types import Batch, BatchRequest, CloseRequest, ErrorBody, Le
 from walship.service.connections import Connections
 from walship.service.cursors import LaneCursor
 from walship.service.executor import Counters, Executor, Need, drive
-from walship.service.limits import Limits
+from walship.service.limits import Limits, limit_values
 from walship.service.plan import Item, Needs, look, resolve, resolve_batch
 from walship.service.reads import Reads, acknowledged, fresh_enough, seen
 from walship.service.request import Call, CursorReply, Host, Reply
@@ -81,6 +82,7 @@ class Service:
         self._draining = False
         self._quiet = asyncio.Event()
         self._shared: tuple[apsw.Connection, Executor] | None = None
+        self._write_until = math.inf  # the writer thread's: when the statements of its present job end
         self._reads: Reads
         self._connections: Connections
         self._streams: Streams
@@ -239,9 +241,11 @@ class Service:
         def job(connection: apsw.Connection) -> list[bytes]:
             executor = self._shared_executor(connection)
             executor.start(counters)
+            self._write_until = self._clock() + self._limits.write_seconds
             try:
                 return [item if isinstance(item, bytes) else drive(executor.perform(item)) for item in items]
             finally:
+                self._write_until = math.inf
                 if not connection.get_autocommit():
                     connection.execute("ROLLBACK")
 
@@ -252,6 +256,8 @@ class Service:
         """The executor of the writer thread's connection; guarded when it is first seen."""
         if self._shared is None or self._shared[0] is not connection:
             guard.install(connection, follower=False, shared=True)
+            limit_values(connection, self._limits.value_bytes)
+            connection.set_progress_handler(lambda: self._clock() > self._write_until, 10_000)
             self._shared = (connection, Executor(connection, self._limits, may_write=True))
         return self._shared[1]
 
@@ -317,7 +323,12 @@ class Service:
             session.ack = call.ack
             if call.floor is not None and session.needs_snapshot:
                 await fresh_enough(self._host, call.floor, call.wait_seconds)
-            await session.own(writer=self._host.writer is not None)
+            try:
+                await session.own(writer=self._host.writer is not None)
+            except Overloaded:
+                if not await self._streams.reclaim():
+                    raise
+                await session.own(writer=self._host.writer is not None)
         except BaseException as error:
             if fresh or isinstance(error, TransactionTimeout):
                 await self._streams.close(session)
@@ -401,9 +412,11 @@ class Service:
         def job(connection: apsw.Connection) -> bytes:
             executor = self._shared_executor(connection)
             executor.start(counters)
+            self._write_until = self._clock() + self._limits.write_seconds
             try:
                 return self._gather(executor, batch)
             finally:
+                self._write_until = math.inf
                 if not connection.get_autocommit():
                     connection.execute("ROLLBACK")
 

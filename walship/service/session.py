@@ -112,6 +112,8 @@ class Session:
                 "this transaction held the write turn too long while others waited, and was rolled back. "
                 "Nothing of it was kept. Begin again on a new stream."
             )
+        if read_only and self.state is State.WRITING:
+            raise NotReadOnly("this transaction writes, and the call allows only reads. Nothing was done with it.")
         self._read_only = read_only
         if self.lane is not None:
             self.lane.executor.start(self.counters)
