@@ -33,6 +33,7 @@ from proxy.front import CORS, Front, respond_unauthorized
 from proxy.plan import Known
 from proxy.status import cluster_status, refresh_gauges
 from proxy.streams import StreamLimits, Streams
+from proxy.websocket import SocketStream
 from walship import __version__
 from walship.config import ProxyConfig, open_gate
 from walship.coordination.presence import BATON_KEY, Presence
@@ -40,6 +41,8 @@ from walship.coordination.store import Store, open_store
 from walship.errors import AuthFailed, CompareFailed, StoreUnavailable, UsageError
 from walship.front.body import Bodies
 from walship.front.protocol import Bounds
+from walship.front.websocket import Door
+from walship.front.websocket_protocol import websocket_options
 from walship.hrana.http import ENDPOINTS, PROBES
 from walship.metrics import CONTENT_TYPE, ProxyMetrics
 
@@ -99,6 +102,12 @@ class Proxy:
         )
         self.gate = open_gate(config)
         self.embedded = EmbeddedProxy(self.backends, self.floors, rng)
+        self.door = Door(
+            lambda client: SocketStream(self.front, self.streams, self.dispatcher, client),
+            self.gate.authenticator.check_token,
+            queued_bytes=config.body_max_bytes,
+            drain_seconds=config.drain_seconds,
+        )
         self.on_drain: Callable[[], None] = lambda: None
         self._others: ASGIApp = Starlette(
             routes=[
@@ -114,6 +123,9 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application: Hrana first, everything else by starlette."""
+        if scope["type"] == "websocket":  # its token comes with its first message
+            await self.door(scope, receive, send)
+            return
         if scope["type"] == "http":
             try:
                 scope["walship.grant"] = self.gate.admit(scope["method"], scope["path"], scope["headers"])
@@ -268,10 +280,11 @@ class _Server(uvicorn.Server):
 async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str], None] | None = None) -> None:
     """Answer requests until `proxy.drain` is called, by a signal or otherwise; returns when what ran is done."""
     proxy.url = url_of(listener)
+    bounds = Bounds()
     config = uvicorn.Config(
         proxy,
-        http=Bounds().protocol(),
-        ws="none",
+        http=bounds.protocol(),
+        **websocket_options(proxy.config.body_max_bytes, bounds),
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -1,7 +1,8 @@
 """Embedded replicas through the proxy: three GET paths, forwarded to a node that can answer (hrana.md 4).
 
 `/info` and `/export/G` go to the leader, which keeps the generations and their image; `/sync` goes to a follower, and
-to the leader when no follower's log reaches back far enough. Bodies are streamed; nothing is kept here. Nodes check
+to the leader when no follower's log reaches far enough (back to the client, or up to what was acknowledged through
+this proxy: a client that wrote pulls once and expects its write). Bodies are streamed; nothing is kept here. Nodes check
 the client's token themselves.
 """
 
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from proxy.backends import Backend, Backends
+from proxy.consistency import Floors
 from walship.formats.link import Role
 
 __all__ = ["EmbeddedProxy"]
@@ -31,8 +33,9 @@ _ELSEWHERE = 503  # a node's word for "not me, not now"
 class EmbeddedProxy:
     """Forwards. `aclose` ends its connections to the nodes."""
 
-    def __init__(self, backends: Backends, rng: random.Random) -> None:
+    def __init__(self, backends: Backends, floors: Floors, rng: random.Random) -> None:
         self._backends = backends
+        self._floors = floors
         self._rng = rng
         self._client = httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False)
 
@@ -81,7 +84,7 @@ class EmbeddedProxy:
         asked = self._client.build_request(
             request.method,
             backend.record.url.rstrip("/") + request.url.path,
-            headers={"authorization": token} if token else {},
+            headers={"walship-min-position": str(self._floors.position)} | ({"authorization": token} if token else {}),
         )
         return await self._client.send(asked, stream=True)
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import apsw
 import pytest
+
 from tests.cluster.harness import Cluster, content_of, eventually, integrity_of
 
 pytest.importorskip("libsql")
@@ -122,6 +123,8 @@ def test_followers_serve_frames_and_every_refusal_is_typed(start_cluster: Callab
     cluster.wait_level()
     for name in cluster.names:
         url = cluster.processes[name].url
+        # A follower hears of acknowledgments with the next heartbeat.
+        eventually(lambda at=url: fetch(at, f"/sync/{generation}/1/129")[0] == 200, f"{name} serves frames")
         status, body = fetch(url, f"/sync/{generation}/1/129")
         assert status == 200, (name, body)
         assert len(body) % (4096 + 24) == 0

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.engine.nodes import LeaderNode
 
+from tests.engine.nodes import LeaderNode
 from walship.engine.numbering import FrameNumbering
 from walship.engine.snapshot import Snapshot
 from walship.errors import HistoryMismatch

@@ -58,6 +58,7 @@ MAX_FRAMES = 1024  # in one answer; clients ask for 128
 _TRIES = 8
 _TICK_SECONDS = 1.0
 _ACK_SECONDS = 5.0
+_FOLLOWER_WAIT_SECONDS = 0.05  # the leader can answer meanwhile
 _HEADERS = {"cache-control": "no-store", "access-control-allow-origin": "*"}
 
 
@@ -193,11 +194,21 @@ class EmbeddedReplicas:
         parameters = request.path_params
         try:
             self._require_page_size()
+            await self._reach(request.headers.get("walship-min-position"))
             return await self._frames(parameters["generation"], parameters["first"], parameters["end"])
         except HistoryMismatch as error:
             return _refuse(_Refusal(503, f"this node's log does not reach back that far: {error}"))
         except (_Refusal, WalshipError) as error:
             return _refuse(error)
+
+    async def _reach(self, floor: str | None) -> None:
+        """A client that wrote through the proxy pulls once and then reads: it must find its write."""
+        if floor is None:
+            return
+        position, marks = Position.parse_text(floor), self._node.watermarks
+        seconds = _ACK_SECONDS if self._node.leading is not None else _FOLLOWER_WAIT_SECONDS
+        if not await marks.wait_acked(position, seconds) or not marks.history.covers(self._limit(), position):
+            raise _Refusal(503, f"this node cannot serve up to {position} yet")
 
     async def _push(self, _: Request) -> Response:
         message = "writes made offline are not accepted: pages would overwrite each other. Connect with offline=False"
