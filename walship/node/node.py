@@ -269,7 +269,8 @@ class Node:
     def fail(self, error: BaseException) -> None:
         """Something happened after which this process must not go on."""
         if self._failure is None:
-            _log.critical("node ends error=%s", error)
+            unforeseen = not isinstance(error, WalshipError)
+            _log.critical("node ends error=%s", error, exc_info=error if unforeseen else None)
             self._failure = error
         self.stop.set()
 
