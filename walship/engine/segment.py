@@ -42,6 +42,7 @@ from walship.formats.record import (
 
 __all__ = [
     "END_RECORD_BYTES",
+    "SEGMENT_LAYOUT",
     "Segment",
     "SegmentFlags",
     "SegmentHead",
@@ -51,7 +52,7 @@ __all__ = [
 
 END_RECORD_BYTES = RECORD_OVERHEAD + len(FrameEnd(0, 0, 0).to_body())
 MAX_TERMS = 1024  # the newest are kept; a position of an older term is then judged as unknown, never as covered
-_HEAD = struct.Struct(">4sI16sQQQQIqI")
+SEGMENT_LAYOUT = struct.Struct(">4sI16sQQQQIqI")
 _PAIR = struct.Struct(">QQ")
 _MAGIC = b"WSL1"
 
@@ -81,7 +82,7 @@ class SegmentHead:
         """Return the whole SEGMENT record; only the newest MAX_TERMS terms are in it."""
         terms = self.terms[-MAX_TERMS:]
         position = self.base.position
-        fixed = _HEAD.pack(
+        fixed = SEGMENT_LAYOUT.pack(
             _MAGIC,
             self.flags,
             self.cluster,
@@ -98,14 +99,14 @@ class SegmentHead:
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Read the body of a SEGMENT record. Raises CorruptRecord for anything else."""
-        if len(body) < _HEAD.size or body[:4] != _MAGIC:
+        if len(body) < SEGMENT_LAYOUT.size or body[:4] != _MAGIC:
             raise CorruptRecord(f"not a segment head: {len(body)} bytes that begin with {body[:4]!r}")
-        _, flags, cluster, sequence, term, txid, checksum, commit, created_ms, count = _HEAD.unpack_from(body)
+        _, flags, cluster, sequence, term, txid, checksum, commit, created_ms, count = SEGMENT_LAYOUT.unpack_from(body)
         if flags & ~int(SegmentFlags.RESET):
             raise CorruptRecord(f"a segment has unknown flags {flags:#x}; a newer walship wrote it")
-        if len(body) != _HEAD.size + count * _PAIR.size:
+        if len(body) != SEGMENT_LAYOUT.size + count * _PAIR.size:
             raise CorruptRecord(f"a segment head with {count} terms has {len(body)} bytes")
-        terms = tuple(_PAIR.iter_unpack(body[_HEAD.size :]))
+        terms = tuple(_PAIR.iter_unpack(body[SEGMENT_LAYOUT.size :]))
         return cls(
             SegmentFlags(flags), cluster, sequence, Tip(Position(term, txid), checksum, commit), created_ms, terms
         )
