@@ -107,6 +107,19 @@ def values(reply: link.Reply | link.Refusal, index: int = 0) -> list[list[Any]]:
     return [[value.get("value") for value in row] for row in result["response"]["result"]["rows"]]
 
 
+async def test_a_lost_link_takes_its_transactions_along(leader: RealHost) -> None:
+    """A killed proxy's open transaction would keep the write turn until its timer, 5 s after others began to wait."""
+    async with linked(leader) as dying, linked(leader) as living:
+        await living.proxy.ask("create table t(a)")
+        assert isinstance(await dying.proxy.ask("insert into t values(1)", flags=link.RequestFlags.KEEP), link.Reply)
+        assert isinstance(await dying.proxy.ask("begin immediate", "insert into t values(2)"), link.Reply)
+        dying.proxy.writer.transport.abort()
+        async with asyncio.timeout(3):
+            await living.proxy.ask("insert into t values(3)")
+        assert values(await living.proxy.ask("select a from t")) == [["1"], ["3"]]
+        await eventually(lambda: leader.service.status().streams == 0)
+
+
 async def test_requests_are_answered_with_results_and_position(proxy: Proxy) -> None:
     written = await proxy.ask("create table t(a)", "insert into t values (5)")
     assert isinstance(written, link.Reply)

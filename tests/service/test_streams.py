@@ -301,6 +301,25 @@ async def test_idle_transaction_expires_and_says_so(tmp_path: Path) -> None:
         assert rows_of(answers[0]) == [[0]]
 
 
+async def test_state_of_a_connection_idles_longer_than_a_transaction_unless_connections_run_out(tmp_path: Path) -> None:
+    """A program sets foreign_keys when it starts, and may think for longer than 10 s afterwards."""
+    now = [0.0]
+    async with leading(tmp_path / "n", Limits(connections=2), clock=lambda: now[0]) as bench:
+        held = [(await bench.on(0, execute("PRAGMA foreign_keys = ON")))[0].stream]
+        now[0] += 1
+        held.append((await bench.on(0, execute("PRAGMA foreign_keys = ON")))[0].stream)
+        with pytest.raises(Overloaded):
+            await bench.on(0, execute("BEGIN"))  # both were used a moment ago
+        now[0] += 11
+        await bench.service.sweep()
+        _, answers = await bench.on(held[0], execute("PRAGMA foreign_keys"))
+        assert rows_of(answers[0]) == [[1]]
+        assert (await bench.on(0, execute("BEGIN")))[0].stream
+        with pytest.raises(StatementFailed) as caught:
+            await bench.on(held[1], execute("SELECT 1"))
+        assert caught.value.statement_code == "STREAM_EXPIRED"
+
+
 # --- state of a connection ------------------------------------------------------------------------------------------
 
 

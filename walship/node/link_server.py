@@ -5,7 +5,8 @@ CHUNK* END. Writes of one turn of the loop leave in one piece. Everything is bou
 beyond), a cursor's unconfirmed bytes (the proxy grants more), and a proxy that does not read is not read from.
 
 Nothing that writes is cancelled: when the proxy goes away, requests under way run to their end with nobody to tell.
-Cursors stop at their next chunk, since they only read for somebody.
+Cursors stop at their next chunk, since they only read for somebody. Streams end with the link they came by: their
+proxy has told its clients that they are lost, and an open transaction would keep the write turn from everybody else.
 """
 
 from __future__ import annotations
@@ -165,6 +166,7 @@ class _Link:
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._windows: dict[int, _Window] = {}
+        self._streams: set[int] = set()  # of the service, open for clients of this proxy
         self._in_flight = 0
         self._none_left = asyncio.Event()
         self._none_left.set()
@@ -182,8 +184,23 @@ class _Link:
                 finally:
                     self._lose()
                     statuses.cancel()
+            await self._close_streams()
         finally:
             end_notice()
+
+    async def _close_streams(self) -> None:
+        """Behind the last request of the link: what it left open, nobody can reach any more."""
+        for stream in self._streams:
+            try:
+                await self._server.service.pipeline(Call(requests=[CloseRequest()], stream=stream))
+            except WalshipError as error:
+                log.info("close stream of a lost link error=%s", error)
+
+    def _follow(self, before: int, after: int) -> None:
+        """A request on stream `before` left stream `after`; 0 is none."""
+        self._streams.discard(before)
+        if after:
+            self._streams.add(after)
 
     async def idle(self) -> None:
         """Wait until no request of this link is under way and its answers are out of our hands."""
@@ -270,10 +287,12 @@ class _Link:
     async def _pipeline(self, request: link.Request) -> None:
         call = self._call(request)
         if request.verb is link.Verb.CLOSE_STREAM:
+            self._streams.discard(request.stream)
             call.requests.append(CloseRequest())
         else:
             call.requests.extend(json.decode_pipeline(request.body, version=request.version).requests)
         reply = await self._server.service.pipeline(call)
+        self._follow(request.stream, reply.stream)
         body = json.pipeline_reply(None, reply.results)
         flags = link.ReplyFlags.AUTOCOMMIT if reply.autocommit else link.ReplyFlags.NONE
         self._send(link.Reply(request.id, body, reply.position, reply.stream, flags).to_bytes())
@@ -291,6 +310,7 @@ class _Link:
         if self._lost.is_set():
             window.close()
         reply = await self._server.service.cursor(self._call(request), batch)
+        self._follow(request.stream, reply.stream)
         self._send(link.CursorHead(request.id, reply.position).to_bytes())
         pending = json.cursor_head(None)
         async with aclosing(cast("AsyncGenerator[bytes, None]", reply.lines)) as chunks:

@@ -8,7 +8,7 @@ import apsw
 
 from walship.config import NodeConfig
 
-__all__ = ["Limits", "idle_limits", "limit_values"]
+__all__ = ["Limits", "limit_values"]
 
 
 @dataclass(frozen=True, slots=True)

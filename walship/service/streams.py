@@ -151,19 +151,42 @@ class Streams:
         """Close what was idle for too long."""
         now, limits = self._clock(), self._limits
         for session in list(self):
-            idle = now - session.used_at
-            if session.lock.locked() or idle < limits.transaction_idle_seconds:
+            if session.lock.locked() or now - session.used_at < self._idle_seconds(session):
                 continue
             if session.pinned or session.expired:
-                self._expired[session.id] = now + limits.expired_seconds
-                await self._close_quietly(session)
-            elif idle >= limits.stream_idle_seconds:
+                await self._expire(session)
+            else:
                 await self._close_quietly(session)
         while self._expired:
             oldest = next(iter(self._expired))
             if self._expired[oldest] > now and len(self._expired) <= limits.streams:
                 break
             del self._expired[oldest]
+
+    async def reclaim(self) -> bool:
+        """Expire the stream that idles longest with connection state only, so that its connection is free again."""
+        able = [
+            session
+            for session in self
+            if session.pinned
+            and session.state is State.AUTOCOMMIT
+            and not session.lock.locked()
+            and self._clock() - session.used_at >= self._limits.transaction_idle_seconds
+        ]
+        if not able:
+            return False
+        await self._expire(min(able, key=lambda session: session.used_at))
+        return True
+
+    def _idle_seconds(self, session: Session) -> float:
+        limits = self._limits
+        if session.expired or session.state is not State.AUTOCOMMIT:
+            return limits.transaction_idle_seconds
+        return limits.state_idle_seconds if session.pinned else limits.stream_idle_seconds
+
+    async def _expire(self, session: Session) -> None:
+        self._expired[session.id] = self._clock() + self._limits.expired_seconds
+        await self._close_quietly(session)
 
     async def _close_quietly(self, session: Session) -> None:
         await _logged(self.close(session))
