@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from prometheus_client import Counter, Histogram
 from starlette.types import Receive, Scope, Send
 
+from proxy.consistency import Settings
 from proxy.dispatch import CursorAnswer, Dispatcher
 from proxy.link import LinkLost
 from proxy.plan import Known, Plan, plan_cursor, plan_pipeline
@@ -33,12 +36,22 @@ from walship.errors import (
 from walship.formats.link import NO_BATON, CursorEnd, Refusal, ReplyFlags, error_of
 from walship.formats.position import Position
 from walship.front.body import Bodies, BodyRefused
+from walship.hrana import v1
 from walship.hrana.http import CURSOR_TYPE, ENDPOINTS, JSON_TYPE, Endpoint, Failure, Verb, failure
 from walship.hrana.json import cursor_error, decode_cursor, decode_pipeline
 from walship.hrana.types import CursorBody, ErrorBody, PipelineBody
 from walship.metrics import ProxyMetrics
 
-__all__ = ["CORS", "Front", "respond_unauthorized"]
+__all__ = [
+    "CORS",
+    "Counted",
+    "CursorRefused",
+    "Front",
+    "cursor_failure",
+    "freshness_headers",
+    "reply_results",
+    "respond_unauthorized",
+]
 
 log = logging.getLogger("walship.proxy.front")
 
@@ -85,12 +98,8 @@ class Front:
             body = await self._bodies.read(scope["headers"], receive)
             if body is None:
                 raise _ClientGone
+            self._enter()
             active = 1  # from here on it costs more than its bytes
-            self._active += 1
-            if self._active > MAX_ACTIVE:
-                raise Overloaded(
-                    f"{MAX_ACTIVE} requests are under way in this proxy; this one was not begun. Try again"
-                )
             request = _Request(self, endpoint, body, scope)
             kind = request.kind
             await request.serve(send)
@@ -106,9 +115,41 @@ class Front:
         finally:
             self._active -= active
             self._bodies.release(body)
-            counter, seconds = self._measures(kind, outcome)
-            counter.inc()
-            seconds.observe(self._clock() - started)
+            self._measure(kind, outcome, started)
+
+    @contextmanager
+    def counted(self) -> Iterator[Counted]:
+        """Count and measure a request that came another way than by HTTP, for the time of the block.
+
+        Raises Overloaded when too many are under way.
+        """
+        counted = Counted()
+        started = self._clock()
+        try:
+            self._enter()
+            try:
+                yield counted
+            finally:
+                self._active -= 1
+        except WalshipError as error:
+            counted.outcome = error.code
+            raise
+        finally:
+            self._measure(counted.kind, counted.outcome, started)
+
+    def now(self) -> float:
+        """The clock of streams, in monotonic seconds."""
+        return self._clock()
+
+    def _enter(self) -> None:
+        if self._active >= MAX_ACTIVE:
+            raise Overloaded(f"{MAX_ACTIVE} requests are under way in this proxy; this one was not begun. Try again")
+        self._active += 1
+
+    def _measure(self, kind: str, outcome: str, started: float) -> None:
+        counter, seconds = self._measures(kind, outcome)
+        counter.inc()
+        seconds.observe(self._clock() - started)
 
     # --- streams: how they begin and end --------------------------------------------------------------------------
 
@@ -117,37 +158,51 @@ class Front:
         decoded: PipelineBody | CursorBody
         if endpoint.verb is Verb.CURSOR:
             decoded = decode_cursor(body)
-        else:
+        elif endpoint.verb is Verb.PIPELINE:
             decoded = decode_pipeline(body, version=endpoint.version)
-        consistency, min_position = _request_headers(scope)
+        else:
+            decoded = v1.decode(endpoint.verb, body)
+            body = msgspec.json.encode(decoded)
+        consistency, min_position = freshness_headers(scope["headers"])
         resumed = decoded.baton is not None
         stream = self._streams.open() if decoded.baton is None else self._streams.resume(decoded.baton, self._clock())
         try:
-            if self.draining and stream.pin is None:
-                raise Draining("this proxy is shutting down; nothing was run. Connect again")
             settings = stream.settings.overridden(consistency=consistency, min_position=min_position)
-            how = {
-                "stored": stream.stored,
-                "settings": settings,
-                "known": self._known(),
-                "limits": self._streams.limits,
-            }
-            plan = self._plan(decoded, body, how)
-            if not plan.closes:
-                self._streams.register(stream)
-            if plan.stored and (pin := self._streams.drop_kept(stream)) is not None:
-                self.orphaned_pins.append(pin)  # two copies of the stored texts would come to differ
-            keep = plan.need is Need.LEADER and not (plan.closes or plan.stored) and self._streams.may_keep
-            if keep:
-                plan = replace(plan, keep=True)
-            if not scope["walship.grant"].may_write:
-                plan = replace(plan, read_only=True)
-            if plan.settings is not settings:
-                stream.settings = plan.settings
+            plan = self.plan(stream, decoded, body, settings, may_write=scope["walship.grant"].may_write)
         except WalshipError:
             self._hand_back(stream, resumed=resumed)
             raise
         return stream, resumed, plan
+
+    def plan(
+        self,
+        stream: ClientStream,
+        decoded: PipelineBody | CursorBody,
+        body: bytes,
+        settings: Settings,
+        *,
+        may_write: bool,
+    ) -> Plan:
+        """What a request asks for, on a stream that is busy with it; the stream is registered unless it closes.
+
+        Raises what refuses the request before it is sent anywhere; the stream is to be handed back then.
+        """
+        if self.draining and stream.pin is None:
+            raise Draining("this proxy is shutting down; nothing was run. Connect again")
+        how = {"stored": stream.stored, "settings": settings, "known": self._known(), "limits": self._streams.limits}
+        plan = self._plan(decoded, body, how)
+        if not plan.closes:
+            self._streams.register(stream)
+        if plan.stored and (pin := self._streams.drop_kept(stream)) is not None:
+            self.orphaned_pins.append(pin)  # two copies of the stored texts would come to differ
+        keep = plan.need is Need.LEADER and not (plan.closes or plan.stored) and self._streams.may_keep
+        if keep:
+            plan = replace(plan, keep=True)
+        if not may_write:
+            plan = replace(plan, read_only=True)
+        if plan.settings is not settings:
+            stream.settings = plan.settings
+        return plan
 
     def _plan(self, decoded: PipelineBody | CursorBody, body: bytes, how: dict[str, Any]) -> Plan:
         if isinstance(decoded, CursorBody):
@@ -200,9 +255,16 @@ class Front:
         baton = self.finish(
             stream, plan, node=name, connection=answer.connection, node_stream=reply.stream, flags=reply.flags
         )
-        self._count(plan, name)
-        body = with_baton(reply.body, baton)
-        await _respond(send, reply.status, JSON_TYPE, body, served(name, reply.position))
+        self.count_read(plan, name)
+        headers = served(name, reply.position)
+        if endpoint.verb is Verb.PIPELINE:
+            await _respond(send, reply.status, JSON_TYPE, with_baton(reply.body, baton), headers)
+            return
+        found = v1.answer(reply_results(reply.body)[0])
+        if isinstance(found, Failure):
+            await _respond_failure(send, found, headers)
+        else:
+            await _respond(send, reply.status, JSON_TYPE, found, headers)
 
     async def cursor(self, stream: ClientStream, resumed: bool, plan: Plan, send: Send) -> None:
         try:
@@ -212,12 +274,12 @@ class Front:
             raise
         position = answer.cursor.position
         name = answer.backend.name
-        self._count(plan, name)
+        self.count_read(plan, name)
         ended = answer.cursor.ended and isinstance(answer.cursor.end, CursorEnd)
         held = b""
         try:
             if ended:  # a small one is here whole: everything about it is known before its head is sent
-                baton, position = self._end_cursor(stream, plan, answer)
+                baton, position = self.end_cursor(stream, plan, answer)
             else:
                 baton = self._streams.promise(stream, may_hold=plan.opens or plan.makes_state)
             held = with_baton(answer.first, baton)
@@ -228,12 +290,12 @@ class Front:
                 while (chunk := await answer.cursor.chunk()) is not None:
                     await _send_part(send, held)
                     held = chunk
-                self._end_cursor(stream, plan, answer)
+                self.end_cursor(stream, plan, answer)
                 ended = True
-        except (LinkLost, _CursorRefused) as error:
+        except (LinkLost, CursorRefused) as error:
             ended = True
             self._fail_cursor(stream, error)
-            held += cursor_error(_cursor_failure(plan, error))
+            held += cursor_error(cursor_failure(plan, error))
         finally:
             if not ended:
                 answer.cursor.abandon()
@@ -247,10 +309,11 @@ class Front:
         else:
             self.fail(stream, resumed=True, error=error)
 
-    def _end_cursor(self, stream: ClientStream, plan: Plan, answer: CursorAnswer) -> tuple[str | None, Position]:
+    def end_cursor(self, stream: ClientStream, plan: Plan, answer: CursorAnswer) -> tuple[str | None, Position]:
+        """A cursor was read to its end: what the stream is now, as `finish`. Raises CursorRefused."""
         end = answer.cursor.end
         if end is None or isinstance(end, Refusal):
-            raise _CursorRefused(end)
+            raise CursorRefused(end)
         self._dispatcher.settle(plan, answer.backend, end.position)
         baton = self.finish(
             stream,
@@ -262,7 +325,8 @@ class Front:
         )
         return baton, end.position
 
-    def _count(self, plan: Plan, node: str) -> None:
+    def count_read(self, plan: Plan, node: str) -> None:
+        """Count who answered a read."""
         if plan.need is Need.READ:
             counter = self._reads.get(node)
             if counter is None:
@@ -288,7 +352,7 @@ class _Request:
 
     @property
     def kind(self) -> str:
-        return "read" if self._plan.need is Need.READ else "write"
+        return kind_of(self._plan)
 
     async def serve(self, send: Send) -> None:
         if self._endpoint.verb is Verb.CURSOR:
@@ -297,11 +361,27 @@ class _Request:
             await self._front.pipeline(self._endpoint, self._stream, self._resumed, self._plan, send)
 
 
+@dataclass(slots=True)
+class Counted:
+    """A request as the metrics will show it."""
+
+    kind: str = "unknown"
+    outcome: str = "ok"
+
+    def planned(self, plan: Plan) -> None:
+        self.kind = kind_of(plan)
+
+
+def kind_of(plan: Plan) -> str:
+    """The label of a request in the metrics."""
+    return "read" if plan.need is Need.READ else "write"
+
+
 class _ClientGone(Exception):
     """The client went away before its request was whole, or while its answer was sent."""
 
 
-class _CursorRefused(Exception):
+class CursorRefused(Exception):
     """A node ended a cursor by a refusal after it had begun."""
 
     def __init__(self, refusal: Refusal | None) -> None:
@@ -309,8 +389,9 @@ class _CursorRefused(Exception):
         self.refusal = refusal
 
 
-def _cursor_failure(plan: Plan, error: LinkLost | _CursorRefused) -> ErrorBody:
-    if isinstance(error, _CursorRefused):
+def cursor_failure(plan: Plan, error: LinkLost | CursorRefused) -> ErrorBody:
+    """What the client is told of a cursor that ended badly, behind the rows it has."""
+    if isinstance(error, CursorRefused):
         if error.refusal is None:
             return ErrorBody("the node ended the cursor without saying how", ProtocolViolation.code)
         cause = error_of(error.refusal)
@@ -318,6 +399,18 @@ def _cursor_failure(plan: Plan, error: LinkLost | _CursorRefused) -> ErrorBody:
     if plan.need is Need.READ:
         return ErrorBody(f"{error}; the rows so far are not all. Nothing was changed", Unavailable.code)
     return ErrorBody(f"{error}; what this batch wrote may or may not be done", OutcomeUnknown.code)
+
+
+class _Results(msgspec.Struct):
+    results: list[msgspec.Raw]
+
+
+_RESULTS = msgspec.json.Decoder(_Results)
+
+
+def reply_results(body: bytes) -> list[msgspec.Raw]:
+    """The StreamResults of a node's reply, each as it was written."""
+    return _RESULTS.decode(body).results
 
 
 def with_baton(body: bytes, baton: str | None) -> bytes:
@@ -334,9 +427,10 @@ def served(node: str, position: Position) -> Headers:
     return [*CORS, (b"walship-served-by", node.encode()), (b"walship-position", str(position).encode())]
 
 
-def _request_headers(scope: Scope) -> tuple[str | None, str | None]:
+def freshness_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, str | None]:
+    """The values of `walship-consistency` and `walship-min-position`."""
     consistency = min_position = None
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == b"walship-consistency":
             consistency = value.decode("latin-1")
         elif name == b"walship-min-position":

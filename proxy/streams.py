@@ -182,6 +182,22 @@ class Streams:
         stream.busy = True
         return stream
 
+    def take(self, stream: ClientStream, now: float) -> None:
+        """As `resume`, for a stream that its client names by its connection: busy from now on, and registered.
+
+        Raises StatementFailed STREAM_EXPIRED, once, when its state is gone; Overloaded.
+        """
+        if self._streams.get(stream.id) is not stream:
+            stream.known = False
+            if self._ended.pop(stream.id, None) is _End.LOST:
+                raise stream_expired()
+            self.register(stream)
+        elif stream.pin is not None and now - stream.last_used > self._idle_seconds(stream):
+            self._lost.append(stream.pin)
+            self.close(stream, told=True)
+            raise stream_expired()
+        stream.busy = True
+
     def keep(self, stream: ClientStream, now: float) -> str:
         """Hand a registered stream back after a request; returns its next baton."""
         stream.sequence = (stream.sequence + 1) & _U64

@@ -61,6 +61,8 @@ DEFAULT_MAX_BODY_BYTES: Final = 16 << 20
 class Verb(StrEnum):
     PIPELINE = "pipeline"
     CURSOR = "cursor"
+    EXECUTE = "execute"
+    BATCH = "batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Endpoint:
 
 
 ENDPOINTS: Final[dict[str, Endpoint]] = {
+    "/v1/execute": Endpoint(Verb.EXECUTE, 1),
+    "/v1/batch": Endpoint(Verb.BATCH, 1),
     "/v2/pipeline": Endpoint(Verb.PIPELINE, 2),
     "/v3/pipeline": Endpoint(Verb.PIPELINE, 3),
     "/v3/cursor": Endpoint(Verb.CURSOR, 3),
@@ -79,6 +83,7 @@ ENDPOINTS: Final[dict[str, Endpoint]] = {
 
 # GET on these answers 200 with the text: "this version is spoken here" (hrana.md 1.1).
 PROBES: Final[dict[str, str]] = {
+    "/v1": "Hello, this is HTTP API v1",
     "/v2": "Hello, this is HTTP API v2 (Hrana over HTTP)",
     "/v3": "Hello, this is HTTP API v3 (Hrana over HTTP)",
 }

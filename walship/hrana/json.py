@@ -59,6 +59,7 @@ __all__ = [
     "check_request",
     "cursor_error",
     "cursor_head",
+    "decode_body",
     "decode_cursor",
     "decode_pipeline",
     "encode_batch_result",
@@ -109,7 +110,7 @@ def decode_pipeline(body: bytes, *, version: int) -> PipelineBody:
 
     Everything that makes the whole request wrong is found here, before anything runs. Raises ProtocolViolation.
     """
-    pipeline = _decode(_PIPELINE, body)
+    pipeline = decode_body(_PIPELINE, body)
     for request in pipeline.requests:
         check_request(request, version)
     return pipeline
@@ -117,7 +118,7 @@ def decode_pipeline(body: bytes, *, version: int) -> PipelineBody:
 
 def decode_cursor(body: bytes) -> CursorBody:
     """Read and check the body of POST /v3/cursor. Raises ProtocolViolation."""
-    cursor = _decode(_CURSOR, body)
+    cursor = decode_body(_CURSOR, body)
     _check_batch(cursor.batch, version=3)
     return cursor
 
@@ -130,7 +131,8 @@ def check_batch(batch: Batch) -> None:
     _check_batch(batch, version=3)
 
 
-def _decode(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
+def decode_body(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
+    """Decode a request body. Raises ProtocolViolation for anything that is not what `decoder` wants."""
     try:
         return decoder.decode(body)
     except RecursionError as error:

@@ -45,7 +45,7 @@ from walship.errors import (
 from walship.formats.position import Position
 from walship.front.body import Bodies, BodyRefused
 from walship.front.websocket import Door
-from walship.hrana import http, json
+from walship.hrana import http, json, v1
 from walship.hrana.auth import OPEN, Gate, Grant, may_not_write
 from walship.hrana.baton import CLOSED
 from walship.hrana.types import (
@@ -181,6 +181,8 @@ class NodeApp:
             level, floor = freshness(scope["headers"])
             if endpoint.verb is http.Verb.PIPELINE:
                 await self._pipeline(body, endpoint.version, level, floor, grant, send)
+            elif endpoint.version == v1.VERSION:
+                await self._v1(endpoint.verb, body, level, floor, grant, send)
             else:
                 await self._cursor(body, level, floor, grant, receive, send)
         except BodyRefused as refused:
@@ -208,11 +210,31 @@ class NodeApp:
         reply = await self._run(stream, call, self._service.pipeline)
         stream.changed = stream.changed or changes_connection(decoded.requests)
         baton = self._streams.finish(stream, reply.stream, in_transaction=not reply.autocommit)
-        data = json.pipeline_reply(baton, reply.results)
+        await self._reply(json.pipeline_reply(baton, reply.results), reply.position, send)
+
+    async def _v1(
+        self, verb: http.Verb, body: bytes, level: Level, floor: Position | None, grant: Grant, send: Send
+    ) -> None:
+        decoded = v1.decode(verb, body)
+        call = Call(
+            requests=decoded.requests,
+            floor=floor,
+            level=level,
+            read_only=not grant.may_write,
+            version=v1.VERSION,
+        )
+        reply = await self._service.pipeline(call)
+        found = v1.answer(reply.results[0])
+        if isinstance(found, http.Failure):
+            await self._fail(found, send)
+        else:
+            await self._reply(found, reply.position, send)
+
+    async def _reply(self, data: bytes, position: Position, send: Send) -> None:
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(data)),
-            (b"walship-position", str(reply.position).encode()),
+            (b"walship-position", str(position).encode()),
             self._served_by,
             *_CORS,
         ]
