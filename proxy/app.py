@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -36,9 +35,10 @@ from proxy.streams import StreamLimits, Streams
 from proxy.websocket import SocketStream
 from walship import __version__
 from walship.config import ProxyConfig, open_gate
-from walship.coordination.presence import BATON_KEY, Presence
+from walship.coordination.baton_key import baton_key
+from walship.coordination.presence import Presence
 from walship.coordination.store import Store, open_store
-from walship.errors import AuthFailed, CompareFailed, StoreUnavailable, UsageError
+from walship.errors import AuthFailed, UsageError
 from walship.front.body import Bodies
 from walship.front.protocol import Bounds
 from walship.front.websocket import Door
@@ -226,7 +226,7 @@ async def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = N
         with contextlib.closing(listener):
             async with _presence(config, store, listener) as presence:
                 neighbours = presence if config.session_scope == "cluster" else None
-                proxy = Proxy(config, store, baton_key=await _baton_key(store), neighbours=neighbours)
+                proxy = Proxy(config, store, baton_key=await baton_key(store), neighbours=neighbours)
                 proxy.name = presence.name
                 async with background(proxy):
                     await serve(proxy, listener, on_ready)
@@ -337,19 +337,6 @@ def listen(host: str, port: int) -> socket.socket:
             "stop whoever has the port, or choose another by --listen"
         ) from error
     return listener
-
-
-async def _baton_key(store: Store) -> bytes:
-    """The key all proxies of the cluster sign batons with: batons outlive a proxy's restart (hrana.md 1.4)."""
-    for _ in range(3):
-        found = await store.get(BATON_KEY)
-        if found is not None and len(found.value) >= 32:
-            return found.value
-        with contextlib.suppress(CompareFailed):
-            key = secrets.token_bytes(32)
-            await store.put_if(BATON_KEY, key, version=None if found is None else found.version)
-            return key
-    raise StoreUnavailable(f"the record {BATON_KEY} keeps changing while it is read; start the proxy again")
 
 
 def _probe(text: str) -> Callable[[Request], Response]:

@@ -11,7 +11,7 @@ from walship.errors import CompareFailed, StoreUnavailable
 
 __all__ = ["BATON_KEY", "baton_key"]
 
-BATON_KEY: Final = "proxies/baton-key"
+BATON_KEY: Final = "proxies/baton-key"  # lies among the proxies' records and is none
 _MIN_BYTES: Final = 32
 _ATTEMPTS: Final = 3
 

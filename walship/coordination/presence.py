@@ -29,14 +29,14 @@ from typing import NoReturn
 
 import msgspec
 
+from walship.coordination.baton_key import BATON_KEY
 from walship.coordination.file_store import HeldLock, holder_alive
 from walship.coordination.store import Store, check_store_url
 from walship.errors import CompareFailed, StoreUnavailable, UsageError
 
-__all__ = ["BATON_KEY", "JOIN_SECONDS", "PROXIES", "TRUST_SECONDS", "Presence", "ProxyRecord"]
+__all__ = ["JOIN_SECONDS", "PROXIES", "TRUST_SECONDS", "Presence", "ProxyRecord"]
 
 PROXIES = "proxies/"
-BATON_KEY = "proxies/baton-key"  # lies under the same prefix and is no proxy
 FORMAT = 1
 
 LOOK_SECONDS = 0.25
