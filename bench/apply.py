@@ -136,7 +136,7 @@ def _nothing() -> None:
 
 
 def run(directory: Path, *, quick: bool) -> Report:
-    rounds, fast, slow = (3, 640, 96) if quick else (7, 1600, 240)
+    rounds, fast, slow = (3, 640, 64) if quick else (7, 1600, 240)
     report = Report("apply against native SQLite (4 KiB pages)")
     base = directory / "base.db"
     seed_database(base, ROWS)
