@@ -45,7 +45,8 @@ class WriterLimits:
     """Bounds of the writer (R14, R21).
 
     admission_wait_seconds: how long a write waits for room before it is refused as not done.
-    ack_timeout_seconds: after this a durable commit without enough acknowledgments is reported as outcome unknown.
+    ack_timeout_seconds: after this a durable commit without enough acknowledgments is reported as outcome unknown;
+        a large one gets the time to ship it, at `ack_bytes_per_second`, in addition.
     foreign_poll_seconds: an idle writer looks this often for commits of other programs.
     """
 
@@ -56,6 +57,7 @@ class WriterLimits:
     ack_stall_seconds: float = 0.25
     admission_wait_seconds: float = 5.0
     ack_timeout_seconds: float = 10.0
+    ack_bytes_per_second: float = 8 << 20
     turn_idle_seconds: float = 5.0
     turn_seconds: float = 30.0
     foreign_poll_seconds: float = 0.1
@@ -338,7 +340,9 @@ class Writer:
         self._unacked_bytes += size_bytes
         self._on_acked()
         if group.jobs:
-            group.timer = self.loop.call_later(self._limits.ack_timeout_seconds, self._ack_timed_out, group)
+            limits = self._limits
+            seconds = limits.ack_timeout_seconds + size_bytes / limits.ack_bytes_per_second
+            group.timer = self.loop.call_later(seconds, self._ack_timed_out, group, seconds)
 
     def _on_acked(self) -> None:
         """Answer every group that the acknowledgment rule covers now."""
@@ -378,8 +382,7 @@ class Writer:
         if remaining:
             self.loop.call_later(0.005, self._await_stricter, group)
 
-    def _ack_timed_out(self, group: _Group) -> None:
-        seconds = self._limits.ack_timeout_seconds
+    def _ack_timed_out(self, group: _Group, seconds: float) -> None:
         for job in group.jobs:
             _fail(
                 job.future,
