@@ -196,6 +196,7 @@ class Cluster:
         proxy.start(["proxy", "--listen", "127.0.0.1:0", "--cluster", self._store, *self._proxy_words])
 
         def listening() -> str | None:
+            assert proxy.alive, f"the proxy ended; its log ends:\n{proxy.log_tail()}"
             with proxy.log_path.open("rb") as log:
                 log.seek(seen)
                 found = re.search(r"listen url=(\S+)", log.read().decode("utf-8", "replace"))
@@ -213,6 +214,8 @@ class Cluster:
 
     def wait_healthy(self) -> None:
         def whole() -> bool:
+            for name in self.names:
+                assert self.processes[name].alive, f"{name} ended; its log ends:\n{self.processes[name].log_tail()}"
             status = self.status()
             healthy = {node["name"] for node in status["nodes"] if node["healthy"]}
             return status["leader"] is not None and healthy == set(self.names)
