@@ -19,6 +19,7 @@ from nodes import HERE, LeaderNode, ask, cluster, outside, read, rows, scanned
 from walship.engine.snapshot import Snapshot, ltx_chunks, scan
 from walship.errors import CorruptDatabase, HistoryMismatch
 from walship.formats.ltx import LtxDecoder
+from walship.formats.position import Tip
 
 SETUP = ("CREATE TABLE t(id INTEGER PRIMARY KEY, body)",)
 AGGREGATE = "SELECT count(*), sum(length(body)), group_concat(substr(hex(body), 1, 4)) FROM t"
@@ -117,6 +118,49 @@ async def test_snapshots_pinned_between_groups_have_the_position_they_say(tmp_pa
         thread.join()
         ask(other, "close")
     await leader.stop()
+
+
+def slipping_in(leader: LeaderNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A foreign commit right after the next group commit, before anybody can take WRITE."""
+    commit_group = leader.leader.commit_group
+
+    def commit_and_slip() -> Tip:
+        tip = commit_group()
+        monkeypatch.setattr(leader.leader, "commit_group", commit_group)
+        leader.write("INSERT INTO t VALUES(9999, 'slipped in')")
+        return tip
+
+    monkeypatch.setattr(leader.leader, "commit_group", commit_and_slip)
+
+
+def test_a_commit_that_slips_in_before_the_pin_is_captured_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader = LeaderNode(tmp_path / "n", setup=SETUP)
+    fill(leader, 20)
+    before = leader.tip.position.txid
+    slipping_in(leader, monkeypatch)
+    header, snapshot = leader.leader.pin_snapshot()
+    assert header.position.txid == before + 1
+    assert header.checksum == scan(snapshot).rolling == leader.tip.checksum
+    snapshot.close()
+    leader.close()
+
+
+def test_a_commit_that_slips_in_before_a_checkpoint_stays_in_the_wal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R7: nothing that the log does not hold is ever let go."""
+    leader = LeaderNode(tmp_path / "n", setup=SETUP)
+    fill(leader, 20)
+    slipping_in(leader, monkeypatch)
+    before = leader.state.state
+    assert not leader.leader.checkpoint()
+    assert not leader.leader._let_go()
+    assert leader.state.state == before
+    assert leader.leader.checkpoint()
+    assert leader.state.state.next_base == leader.tip.position.txid
+    leader.close()
 
 
 async def test_a_follower_pins_between_batches(tmp_path: Path) -> None:
