@@ -109,7 +109,7 @@ class Front:
             await _respond_failure(send, failure(error))
         except BodyRefused as refused:
             outcome = "REQUEST_TOO_LARGE"
-            await _respond_failure(send, refused.failure, [*CORS, (b"connection", b"close")])
+            await refused.answer(receive, send, CORS)
         except _ClientGone:
             outcome = "client gone"
         finally:

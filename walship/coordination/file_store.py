@@ -247,7 +247,7 @@ class _Handler(FileSystemEventHandler):
 
 def _open(path: Path) -> apsw.Connection:
     """Open the store, creating it when it is new; several processes may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)  # the records hold secrets
     until = time.monotonic() + BUSY_MS / 1000
     while True:
         try:

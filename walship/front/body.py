@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
@@ -12,18 +13,36 @@ from walship.hrana.http import Failure, body_too_large, failure
 __all__ = ["Bodies", "BodyRefused"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 SMALL_BYTES: Final = 64 << 10  # not worth counting
 TOTAL_BYTES: Final = 256 << 20
 DISCARD_SECONDS: Final = 5.0
+DISCARD_BYTES: Final = 64 << 20
 
 
 class BodyRefused(Exception):
-    """The body is not taken: answer with `failure`, and close the connection."""
+    """The body is not taken: `answer` says so, and the connection ends. `more`: some of it has not come yet."""
 
-    def __init__(self, problem: Failure) -> None:
+    def __init__(self, problem: Failure, *, more: bool) -> None:
         super().__init__(problem)
-        self.failure = problem
+        self._failure, self._more = problem, more
+
+    async def answer(self, receive: Receive, send: Send, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Answer at once, then read on for a while: closing on a client that still sends would reset the connection
+        before it has read the answer. One that waits to be asked for its body (`Expect`) is not asked."""
+        problem = self._failure
+        head = [
+            (b"content-type", problem.content_type.encode()),
+            (b"content-length", b"%d" % len(problem.body)),
+            (b"connection", b"close"),
+            *headers,
+        ]
+        await send({"type": "http.response.start", "status": problem.status, "headers": head})
+        await send({"type": "http.response.body", "body": problem.body, "more_body": True})
+        if self._more:
+            await _discard(receive)
+        await send({"type": "http.response.body", "body": b""})
 
 
 class Bodies:
@@ -45,8 +64,7 @@ class Bodies:
         """
         for name, value in headers:
             if name == b"content-length" and value.isdigit() and int(value[:20]) > self.limit_bytes:
-                await self._discard(receive)
-                raise BodyRefused(body_too_large(self.limit_bytes))
+                raise BodyRefused(body_too_large(self.limit_bytes), more=True)
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
@@ -68,11 +86,9 @@ class Bodies:
         try:
             while True:
                 if len(parts) > self.limit_bytes:
-                    if more:
-                        await self._discard(receive)
-                    raise BodyRefused(body_too_large(self.limit_bytes))
+                    raise BodyRefused(body_too_large(self.limit_bytes), more=more)
                 if self.held_bytes > self.total_bytes:
-                    raise BodyRefused(failure(_no_room()))
+                    raise BodyRefused(failure(_no_room()), more=more)
                 if not more:
                     whole = bytes(parts)
                     return whole
@@ -87,18 +103,16 @@ class Bodies:
             if whole is None or len(whole) <= SMALL_BYTES:
                 self.held_bytes -= counted
 
-    async def _discard(self, receive: Receive) -> None:
-        """Read on for a while: closing on a client that still sends would reset it before it has read the answer."""
-        left = 4 * self.limit_bytes
-        try:
-            async with asyncio.timeout(DISCARD_SECONDS):
-                while left > 0:
-                    message = await receive()
-                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                        return
-                    left -= len(message.get("body", b""))
-        except TimeoutError:
-            return
+
+async def _discard(receive: Receive) -> None:
+    left = DISCARD_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))
 
 
 def _no_room() -> Overloaded:

@@ -186,7 +186,7 @@ class NodeApp:
             else:
                 await self._cursor(body, level, floor, grant, receive, send)
         except BodyRefused as refused:
-            await self._fail(refused.failure, send, close=True)
+            await refused.answer(receive, send, [self._served_by, *_CORS])
         except WalshipError as error:
             refusal = may_not_write() if isinstance(error, NotReadOnly) and not grant.may_write else error
             await self._fail(http.failure(refusal), send)
@@ -299,15 +299,13 @@ class NodeApp:
         else:
             self._streams.drop(stream)
 
-    async def _fail(self, failure: http.Failure, send: Send, *, close: bool = False) -> None:
+    async def _fail(self, failure: http.Failure, send: Send) -> None:
         headers = [
             (b"content-type", failure.content_type.encode()),
             (b"content-length", b"%d" % len(failure.body)),
             self._served_by,
             *_CORS,
         ]
-        if close:
-            headers.append((b"connection", b"close"))
         if failure.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await send({"type": "http.response.start", "status": failure.status, "headers": headers})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 import secrets
 import time
@@ -24,6 +25,7 @@ from walship.node.recover import found_database
 
 __all__ = ["Membership", "join", "lock_directory"]
 
+_log = logging.getLogger("walship.node")
 _LOCK = "node.lock"
 
 
@@ -68,6 +70,8 @@ async def join(config: NodeConfig, store: Store) -> Membership:
     if seen is None:
         seen = await _found_cluster(config, store, state)
     record = seen.record
+    if not record.secret:
+        _log.warning("this cluster was founded before it had a secret: whoever reaches its ports can read and write")
     leader = await read_leader(store)
     founds = config.init and leader is None
     if state is None:
