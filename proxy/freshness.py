@@ -137,12 +137,12 @@ class Freshness:
         neighbours = self._neighbours
         if neighbours is None or (neighbours.alone and neighbours.doubt == self._cleared):
             return not self._floors.ready
-        doubt = neighbours.doubt
+        alone, doubt = neighbours.alone, neighbours.doubt
         position = await _in_time(self.session.answer(), until)
         self._floors.raise_to(position)
         self._floors.ready = True
-        if neighbours.alone and neighbours.doubt == doubt:
-            self._cleared = doubt
+        if alone and neighbours.alone and neighbours.doubt == doubt:
+            self._cleared = doubt  # nobody else could acknowledge anything since the question was asked
         return False
 
     # --- questions --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ and no backward zone lies inside a forward one.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -58,7 +59,7 @@ def violation(operations: Sequence[Operation], initial: int) -> str | None:
 def _conflict(zones: Iterable[_Zone]) -> str | None:
     zones = list(zones)
     forward = sorted((zone for zone in zones if zone.forward), key=lambda zone: zone.low)
-    for one, other in zip(forward, forward[1:], strict=False):
+    for one, other in itertools.pairwise(forward):
         if other.low < one.high:
             return f"the register must have held {one.value} and {other.value} at the same time"
     for zone in zones:

@@ -71,7 +71,14 @@ def test_the_checker_agrees_with_the_definition(operations: list[Operation]) -> 
         [Operation(R, 1, 0, 1), Operation(W, 1, 2, 3)],
         [Operation(W, 1, 0, math.inf), Operation(R, 1, 1, 2), Operation(R, 0, 3, 4)],
     ],
-    ids=["a stale read", "back again", "an old value returns", "out of nowhere", "from the future", "unknown, then not"],
+    ids=[
+        "a stale read",
+        "back again",
+        "an old value returns",
+        "out of nowhere",
+        "from the future",
+        "unknown, then not",
+    ],
 )
 def test_a_bad_history_is_caught(operations: list[Operation]) -> None:
     assert violation(operations, 0) is not None
