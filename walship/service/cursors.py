@@ -1,4 +1,4 @@
-"""A cursor whose rows do not fit in one chunk: streamed from a read-only connection of its own, at the client's pace.
+"""A reading that does not fit in one chunk: streamed from a read-only connection of its own, at the client's pace.
 
 The rows are pulled: a thread of the pool makes the next chunk only when the client has taken the one before, so a
 slow client costs a read transaction but neither memory nor a thread; and one that stops altogether is closed by the
@@ -7,20 +7,22 @@ service's sweep.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 
-from walship.errors import NotReadOnly
+from walship.errors import NotReadOnly, StatementFailed
 from walship.formats.position import Position
 from walship.hrana import json as hrana
 from walship.hrana.types import Batch, ErrorBody
 from walship.service.connections import Connections, Lane
 from walship.service.executor import Counters, Lines, Need
 
-__all__ = ["LaneCursor"]
+__all__ = ["Chunks", "LaneCursor"]
+
+Chunks = Generator[Need | bytes, None, None] | Generator[bytes, None, None]
 
 
 class LaneCursor:
-    """One streamed batch of reads. Owns `lane` and gives it back when closed; `on_close` is told."""
+    """One streamed batch of reads, or dump. Owns `lane` and gives it back when closed; `on_close` is told."""
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class LaneCursor:
         self._lane = lane
         self._on_close = on_close
         self._clock = clock
-        self._chunks: Lines | None = None
+        self._chunks: Chunks | None = None
         self._first: bytes | Need | None = None
         self._closed = False
         self.used_at = clock()
@@ -43,25 +45,35 @@ class LaneCursor:
 
         Raises NotReadOnly when the batch writes; nothing has changed then.
         """
-        executor, connection = self._lane.executor, self._lane.connection
+        executor = self._lane.executor
+
+        def lines() -> Lines:
+            executor.start(counters, virtual=True)
+            return executor.lines(batch)
+
+        position = await self.begin_with(lines, seen)
+        if isinstance(self._first, Need):
+            raise NotReadOnly("the batch writes, and it was sent where only reads run. Nothing was changed.")
+        return position
+
+    async def begin_with(self, make: Callable[[], Chunks], seen: Callable[[], Position]) -> Position:
+        """As `begin`, for chunks that `make` makes; it is called inside the snapshot, on a thread of the pool."""
+        connection = self._lane.connection
 
         def start() -> Position:
             connection.execute("BEGIN")
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
             position = seen()
-            executor.start(counters, virtual=True)
-            self._chunks = executor.lines(batch)
+            self._chunks = make()
             self._first = self._next()
             return position
 
         position = await self._connections.run(self._lane, start)
-        if isinstance(self._first, Need):
-            raise NotReadOnly("the batch writes, and it was sent where only reads run. Nothing was changed.")
         self.used_at = self._clock()
         return position
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """The chunks. Close the iterator when stopping early."""
+        """The chunks. Close the iterator when stopping early. Raises StatementFailed STREAM_EXPIRED after a long stop."""
         try:
             chunk = self._first
             while chunk is not None:
@@ -74,8 +86,7 @@ class LaneCursor:
                 yield chunk
                 self.used_at = self._clock()
                 if self._closed:
-                    yield hrana.cursor_error(ErrorBody("The cursor has expired due to inactivity", "STREAM_EXPIRED"))
-                    return
+                    raise StatementFailed("The cursor has expired due to inactivity", "STREAM_EXPIRED")
                 chunk = await self._connections.run(self._lane, self._next)
         finally:
             self.close()

@@ -37,6 +37,7 @@ from walship.hrana import json as hrana
 from walship.hrana.types import Batch, BatchRequest, CloseRequest, ErrorBody, Level
 from walship.service.connections import Connections
 from walship.service.cursors import LaneCursor
+from walship.service.dump import dump
 from walship.service.executor import Counters, Executor, Need, drive
 from walship.service.limits import Limits, limit_values
 from walship.service.plan import Item, Needs, look, resolve, resolve_batch
@@ -148,6 +149,17 @@ class Service:
             session = self._streams.find(call.stream)
             async with self._streams.alone(session):
                 return await self._cursor(session, call, batch)
+        finally:
+            self._leave()
+
+    async def dump(self, call: Call, *, row_ids: bool) -> CursorReply:
+        """The database as SQL text (walship/service/dump.py) at one position, streamed; `lines` are chunks of it.
+
+        Raises as a read does; and among the lines, Unavailable, when it cannot go on.
+        """
+        self._enter(call)
+        try:
+            return await self._dump(call, row_ids=row_ids)
         finally:
             self._leave()
 
@@ -399,6 +411,24 @@ class Service:
             cursor.close()
             raise
         return cursor.lines(), position
+
+    async def _dump(self, call: Call, *, row_ids: bool) -> CursorReply:
+        if call.floor is not None:
+            await fresh_enough(self._host, call.floor, call.wait_seconds)
+        lane = await self._connections.take(writer=False)
+        cursor = LaneCursor(self._connections, lane, self._forget_cursor, self._clock)
+        self._cursors.add(cursor)
+        try:
+            chunk_bytes = self._limits.chunk_bytes
+            position = await cursor.begin_with(
+                lambda: dump(lane.connection, row_ids=row_ids, chunk_bytes=chunk_bytes), lambda: seen(self._host)
+            )
+            if call.level is not Level.ANY:
+                position = await acknowledged(self._host, position, self._limits.ack_seconds)
+        except BaseException:
+            cursor.close()
+            raise
+        return CursorReply(0, position, True, cursor.lines())
 
     async def _cursor_of_job(
         self, call: Call, batch: Batch, counters: Counters
