@@ -76,7 +76,7 @@ def sides(directory: Path) -> Iterator[dict[str, Side]]:
 
 
 def run(directory: Path, *, quick: bool) -> Report:
-    rounds, seconds = (3, 0.7) if quick else (9, 0.8)  # many short rounds: noise here comes in seconds
+    rounds, seconds = (3, 0.5) if quick else (9, 0.8)  # many short rounds: noise here comes in seconds
     report = Report("acknowledged writes")
     with sides(directory) as made:
         for side in made.values():
