@@ -149,9 +149,9 @@ class InsideReader(threading.Thread):
 @pytest.mark.parametrize(
     ("page_size", "setup", "commits"),
     [
-        (512, (), 600),
-        (4096, (), 1000),
-        (4096, ("PRAGMA auto_vacuum=INCREMENTAL",), 600),
+        (512, (), 400),
+        (4096, (), 600),
+        (4096, ("PRAGMA auto_vacuum=INCREMENTAL",), 400),
         (1024, ("PRAGMA auto_vacuum=FULL",), 500),
         (65536, (), 500),
     ],
