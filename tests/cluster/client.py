@@ -87,6 +87,11 @@ class Client:
         """A JSON document, such as /status."""
         return json.loads(self._send("GET", path, None)[1])
 
+    def post(self, path: str, body: object) -> tuple[dict[str, str], str]:
+        """Any request in the client's own words: headers and text of the reply. Raises Failed or NoReply."""
+        headers, data = self._send("POST", path, json.dumps(body))
+        return headers, data.decode()
+
     def close(self) -> None:
         self._connection.close()
 
