@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from proxy.backends import Backends
 from proxy.consistency import Floors, Settings
 from proxy.dispatch import Dispatcher
+from proxy.dump import dump
 from proxy.embedded import EmbeddedProxy
 from proxy.freshness import Freshness, Neighbours
 from proxy.front import CORS, Front, respond_unauthorized
@@ -40,6 +41,7 @@ from walship.coordination.presence import Presence
 from walship.coordination.store import Store, open_store
 from walship.errors import AuthFailed, UsageError
 from walship.front.body import Bodies
+from walship.front.dump import DUMP_PATH
 from walship.front.protocol import Bounds
 from walship.front.websocket import Door
 from walship.front.websocket_protocol import websocket_options
@@ -134,6 +136,9 @@ class Proxy:
                 return
             if scope["method"] == "POST" and scope["path"] in ENDPOINTS:
                 await self.front(scope, receive, send)
+                return
+            if scope["method"] == "GET" and scope["path"] == DUMP_PATH:
+                await dump(self.front, self.streams, self.dispatcher, scope, receive, send)
                 return
             if scope["method"] == "OPTIONS":
                 await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT})

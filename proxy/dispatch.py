@@ -165,9 +165,9 @@ class Dispatcher:
         self.settle(plan, sent.backend, reply.position)
         return Answer(sent.backend, sent.connection, reply)
 
-    async def cursor(self, plan: Plan, stream: ClientStream) -> CursorAnswer:
-        """Begin a cursor. Its end must be given to `settle` too."""
-        sent = await self._run(plan, stream, Verb.CURSOR, 3, _send_cursor)
+    async def cursor(self, plan: Plan, stream: ClientStream, verb: Verb = Verb.CURSOR) -> CursorAnswer:
+        """Begin a cursor, or a dump. Its end must be given to `settle` too."""
+        sent = await self._run(plan, stream, verb, 3, _send_cursor)
         cursor = sent.answer.cursor
         self.settle(plan, sent.backend, cursor.position)  # its first rows may be seen long before its end
         return CursorAnswer(sent.backend, sent.connection, sent.answer.first, cursor)

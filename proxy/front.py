@@ -50,7 +50,9 @@ __all__ = [
     "cursor_failure",
     "freshness_headers",
     "reply_results",
+    "respond_failure",
     "respond_unauthorized",
+    "served",
 ]
 
 log = logging.getLogger("walship.proxy.front")
@@ -106,7 +108,7 @@ class Front:
             outcome = "ok"
         except WalshipError as error:
             outcome = error.code
-            await _respond_failure(send, failure(error))
+            await respond_failure(send, failure(error))
         except BodyRefused as refused:
             outcome = "REQUEST_TOO_LARGE"
             await refused.answer(receive, send, CORS)
@@ -136,6 +138,11 @@ class Front:
             raise
         finally:
             self._measure(counted.kind, counted.outcome, started)
+
+    def check_open(self) -> None:
+        """Raise Draining when no new work is taken."""
+        if self.draining:
+            raise Draining("this proxy is shutting down; nothing was run. Connect again")
 
     def now(self) -> float:
         """The clock of streams, in monotonic seconds."""
@@ -187,8 +194,8 @@ class Front:
 
         Raises what refuses the request before it is sent anywhere; the stream is to be handed back then.
         """
-        if self.draining and stream.pin is None:
-            raise Draining("this proxy is shutting down; nothing was run. Connect again")
+        if stream.pin is None:
+            self.check_open()
         how = {"stored": stream.stored, "settings": settings, "known": self._known(), "limits": self._streams.limits}
         plan = self._plan(decoded, body, how)
         if not plan.closes:
@@ -262,7 +269,7 @@ class Front:
             return
         found = v1.answer(reply_results(reply.body)[0])
         if isinstance(found, Failure):
-            await _respond_failure(send, found, headers)
+            await respond_failure(send, found, headers)
         else:
             await _respond(send, reply.status, JSON_TYPE, found, headers)
 
@@ -438,14 +445,15 @@ def freshness_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | Non
     return consistency, min_position
 
 
-async def _respond_failure(send: Send, problem: Failure, headers: Headers = CORS) -> None:
+async def respond_failure(send: Send, problem: Failure, headers: Headers = CORS) -> None:
+    """Answer with a failure of a whole request."""
     await _respond(send, problem.status, problem.content_type, problem.body, headers)
 
 
 async def respond_unauthorized(send: Send, error: AuthFailed) -> None:
     """Answer a request that the gate did not let in."""
     more: Headers = [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
-    await _respond_failure(send, failure(error), [*CORS, *more])
+    await respond_failure(send, failure(error), [*CORS, *more])
 
 
 async def _respond(send: Send, status: int, content_type: str, body: bytes, headers: Headers) -> None:

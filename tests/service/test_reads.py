@@ -20,7 +20,7 @@ from tests.service.bench import (
     rows_of,
     steps_of,
 )
-from walship.errors import Behind, Overloaded, WriteLost
+from walship.errors import Behind, Overloaded, StatementFailed, WriteLost
 from walship.formats.position import Position
 from walship.hrana.types import Level
 from walship.service.limits import Limits
@@ -284,7 +284,9 @@ async def test_cursor_that_nobody_reads_is_closed_and_says_so(tmp_path: Path) ->
         now[0] += Limits().read_seconds + 1
         await bench.service.sweep()
         assert bench.service.status().connections == 0
-        assert b"STREAM_EXPIRED" in [chunk async for chunk in reply.lines][-1]
+        with pytest.raises(StatementFailed) as caught:
+            await anext(reply.lines)
+        assert caught.value.statement_code == "STREAM_EXPIRED"
 
 
 async def test_cursor_on_a_follower_reads_only(bench: Bench) -> None:

@@ -10,15 +10,15 @@ asked for. Bodies, offsets inside the body:
     REQUEST  proxy -> node   0 verb u8 | 1 version u8 | 2 flags u16 | 4 level u8 | 5 stream u64 | 13 floor term u64 |
                              21 floor txid u64 | 29 min_term u64 | 37 wait_ms u32 | 41 ack i8 | 42 the Hrana JSON body
     REPLY    node -> proxy   0 status u16 | 2 flags u8 | 3 stream u64 | 11 term u64 | 19 txid u64 | 27 JSON
-    HEAD     node -> proxy   0 term u64 | 8 txid u64: a position that covers the rows of a cursor, before its first CHUNK
-    CHUNK    node -> proxy   0 bytes of a cursor reply (whole lines)
+    HEAD     node -> proxy   0 term u64 | 8 txid u64: a position that covers a cursor's rows, before its first CHUNK
+    CHUNK    node -> proxy   0 bytes of a cursor reply (whole lines), or of a dump
     END      node -> proxy   as REPLY, without JSON: how a cursor ended
     REFUSED  node -> proxy   0 reason u8 | 1 term u64 | 9 txid u64 |
                              17 JSON {code, message, leader: {name, url, term} or null}
     STATUS   node -> proxy   unsolicited, id 0; see `Status`
     GRANT    proxy -> node   0 bytes u32: so many more bytes of CHUNK bodies may be sent for this id
 
-Every request is answered by exactly one REPLY, one REFUSED, or (CURSOR) HEAD CHUNK* END. The JSON of a pipeline REPLY starts
+Every request is answered by exactly one REPLY, one REFUSED, or (CURSOR, DUMP) HEAD CHUNK* END. A pipeline's JSON starts
 with `NO_BATON`, and so does the first line of a cursor, so that the proxy can put its own baton in by one slice.
 A cursor may have `CURSOR_WINDOW` bytes of CHUNK bodies under way beyond what GRANTs allowed: a slow client holds up its
 own cursor and nobody else's link. Answers may come in any order.
@@ -94,12 +94,14 @@ class Verb(IntEnum):
     READ_INDEX runs nothing: its REPLY carries a position only. By `level` that is, LINEARIZABLE: one that covers all
     that was acknowledged or shown before, from a leader that proved by a round that it leads; SESSION: the same by
     the leader's own knowledge; ANY: what the node asked has on disk, be it leader or follower.
+    DUMP has a body of its own (`DumpBody`); its chunks are SQL text. A REFUSED behind chunks: they are not all.
     """
 
     PIPELINE = 1
     CURSOR = 2
     CLOSE_STREAM = 3
     READ_INDEX = 4
+    DUMP = 5
 
 
 class ReadLevel(IntEnum):

@@ -21,6 +21,7 @@ __all__ = [
     "CloseSqlRequest",
     "CursorBody",
     "DescribeRequest",
+    "DumpBody",
     "ErrorBody",
     "ExecuteRequest",
     "FloatValue",
@@ -183,6 +184,12 @@ class CursorBody(msgspec.Struct, frozen=True):
 
     batch: Batch
     baton: str | None = None
+
+
+class DumpBody(msgspec.Struct, frozen=True):
+    """What a dump is asked for with, between proxy and node; clients say it in the query of GET /dump."""
+
+    preserve_row_ids: bool = False
 
 
 class ErrorBody(msgspec.Struct, frozen=True):

@@ -44,6 +44,7 @@ from walship.errors import (
 )
 from walship.formats.position import Position
 from walship.front.body import Bodies, BodyRefused
+from walship.front.dump import DUMP_PATH, send_dump, wants_row_ids
 from walship.front.websocket import Door
 from walship.hrana import http, json, v1
 from walship.hrana.auth import OPEN, Gate, Grant, may_not_write
@@ -76,6 +77,8 @@ class Served(Protocol):
     async def pipeline(self, call: Call) -> Reply: ...
 
     async def cursor(self, call: Call, batch: Batch) -> CursorReply: ...
+
+    async def dump(self, call: Call, *, row_ids: bool) -> CursorReply: ...
 
     async def close_stream(self, stream: int) -> None: ...
 
@@ -163,7 +166,9 @@ class NodeApp:
             await self._fail(http.failure(error), send)
             return
         endpoint = http.ENDPOINTS.get(scope["path"]) if method == "POST" else None
-        if endpoint is not None:
+        if method == "GET" and scope["path"] == DUMP_PATH:
+            await self._dump(scope, receive, send)
+        elif endpoint is not None:
             await self._hrana(endpoint, scope, receive, send)
         elif method == "OPTIONS":
             await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT[:-1]})
@@ -271,6 +276,17 @@ class NodeApp:
         await _stream_lines(json.cursor_head(baton), reply.lines, receive, send)
         if stream.sequence == sequence:
             stream.in_transaction = not reply.autocommit
+
+    async def _dump(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            level, floor = freshness(scope["headers"])
+            call = Call(requests=[], floor=floor, level=level, read_only=True)
+            reply = await self._service.dump(call, row_ids=wants_row_ids(scope["query_string"]))
+        except WalshipError as error:
+            await self._fail(http.failure(error), send)
+            return
+        headers = [(b"walship-position", str(reply.position).encode()), self._served_by, *_CORS]
+        await send_dump(reply.lines, headers, receive, send)
 
     async def _run(self, stream: Stream, call: Call, run: Callable[[Call], Awaitable[_R]]) -> _R:
         """Run the call on its stream; a stream that the service gave up while it held nothing is revived."""

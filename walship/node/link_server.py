@@ -17,11 +17,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Final, cast
 
+import msgspec
+
 from walship.errors import Draining, Fenced, Overloaded, ProtocolViolation, StatementFailed, Unavailable, WalshipError
 from walship.formats import link
 from walship.formats.position import Position
 from walship.hrana import json
-from walship.hrana.types import CloseRequest, ErrorBody, Level
+from walship.hrana.types import CloseRequest, DumpBody, ErrorBody, Level
 from walship.node.app import Served
 from walship.service.request import Call
 
@@ -36,6 +38,7 @@ STATUS_SECONDS: Final = 0.1  # at least this often
 STATUS_PAUSE_SECONDS: Final = 0.005  # at most this often
 STALL_SECONDS: Final = 30.0  # a proxy that takes nothing for so long is gone, as far as it matters
 CURSOR_STALL_SECONDS: Final = 60.0  # a cursor keeps the -wal from restarting; its client may think, but not for ever
+_DUMP: Final = msgspec.json.Decoder(DumpBody)
 _LEVELS: Final = {
     link.ReadLevel.ANY: Level.ANY,
     link.ReadLevel.SESSION: Level.SESSION,
@@ -255,6 +258,8 @@ class _Link:
         try:
             if request.verb is link.Verb.CURSOR:
                 await self._cursor(request)
+            elif request.verb is link.Verb.DUMP:
+                await self._dump(request)
             elif request.verb is link.Verb.READ_INDEX:
                 await self._position(request)
             else:
@@ -304,11 +309,27 @@ class _Link:
         position = await self._server.position_for(call.level, call.wait_seconds)
         self._send(link.Reply(request.id, b"", position).to_bytes())
 
-    async def _cursor(self, request: link.Request) -> None:
-        batch = json.decode_cursor(request.body).batch
-        window = self._windows[request.id] = _Window()
+    async def _dump(self, request: link.Request) -> None:
+        asked = json.decode_body(_DUMP, request.body)
+        window = self._window(request.id)
+        reply = await self._server.service.dump(self._call(request), row_ids=asked.preserve_row_ids)
+        self._send(link.CursorHead(request.id, reply.position).to_bytes())
+        async with aclosing(cast("AsyncGenerator[bytes, None]", reply.lines)) as chunks:
+            async for chunk in chunks:
+                if not await window.spend(len(chunk)):
+                    return
+                self._send(link.Chunk(request.id, chunk).to_bytes())
+        self._send(link.CursorEnd(request.id, reply.position).to_bytes())
+
+    def _window(self, id: int) -> _Window:
+        window = self._windows[id] = _Window()
         if self._lost.is_set():
             window.close()
+        return window
+
+    async def _cursor(self, request: link.Request) -> None:
+        batch = json.decode_cursor(request.body).batch
+        window = self._window(request.id)
         reply = await self._server.service.cursor(self._call(request), batch)
         self._follow(request.stream, reply.stream)
         self._send(link.CursorHead(request.id, reply.position).to_bytes())

@@ -188,6 +188,9 @@ class Node:
         self._gave(call, reply.position)
         return reply
 
+    async def dump(self, call: Call, *, row_ids: bool) -> CursorReply:
+        return await self._service().dump(call, row_ids=row_ids)
+
     async def read_index(self, timeout_seconds: float) -> Position:
         """See `Host.read_index`."""
         if self.publisher is None:

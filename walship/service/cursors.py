@@ -73,7 +73,7 @@ class LaneCursor:
         return position
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """The chunks. Close the iterator when stopping early. Raises StatementFailed STREAM_EXPIRED after a long stop."""
+        """The chunks. Close the iterator to stop early. Raises StatementFailed STREAM_EXPIRED after a long stop."""
         try:
             chunk = self._first
             while chunk is not None:
