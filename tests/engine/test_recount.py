@@ -48,11 +48,10 @@ class TestBaseContinues:
         leader = filled(tmp_path / "n")
         tip = leader.tip.position
         leader.write(*(f"INSERT INTO t VALUES({number}, 'late')" for number in range(100, 103)))
-        state, replica = recovered(crash_image(tmp_path / "n", tmp_path / "image"))
+        _, replica = recovered(crash_image(tmp_path / "n", tmp_path / "image"))
         assert rebuilt(replica) == [(tip.txid + n, tip.txid + n) for n in (1, 2, 3)]
         assert all(ref.header.term == 1 for ref in frames(replica)[-3:])
         assert replica.log.tip.position == Position(1, tip.txid + 3)
-        assert state.state.truth is Truth.LOG
         replica.close()
         leader.close()
 
@@ -182,10 +181,9 @@ class TestUnknownWal:
         leader = filled(tmp_path / "n")
         image = crash_image(tmp_path / "n", tmp_path / "image")
         changed_by_others(image / "data.db", "SELECT count(*) FROM t")
-        state, replica = recovered(image)
+        _, replica = recovered(image)
         assert replica.log.tip == leader.tip
         assert not replica.differing
-        assert state.state.truth is Truth.LOG
         replica.close()
         leader.close()
 

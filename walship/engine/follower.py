@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from walship.engine.database import Database
-from walship.engine.durable_state import StateFile
+from walship.engine.durable_state import StateFile, Truth
 from walship.engine.intake import Intake
 from walship.engine.log import Log, LogLimits
 from walship.engine.marks import Marks
@@ -119,6 +119,9 @@ class Follower:
         self._replayer: Replayer | None = None
         watermarks.on_change(self._on_marks)
         if replica is not None:
+            replica.unpin()
+            if not replica.differing:  # else the log lacks what the file holds; the snapshot makes an end of that
+                state.update(truth=Truth.LOG)
             self._start(replica)
             if replica.differing:
                 self.replace(f"{len(replica.differing)} pages of the file are not what the log's history gives")

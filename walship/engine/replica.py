@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from walship.engine.database import Database
 from walship.engine.log import Log
 from walship.engine.marks import Marks
+from walship.engine.snapshot import Snapshot
 from walship.formats.checksum import PageChecksums
 
 __all__ = ["Replica"]
@@ -18,6 +19,8 @@ class Replica:
 
     differing: pages whose content is in doubt and differs from the log's history; empty unless a leader's -wal could
     not be counted (R7). They become the first, `rebuilt` frame of the next term.
+    pinned: the state all this was read at, when the -wal was the truth. Other programs may have committed since; while
+    it lives their frames stay in the -wal, so whoever leads goes on from there. Let go of it with `unpin`.
     """
 
     database: Database
@@ -25,8 +28,15 @@ class Replica:
     checksums: PageChecksums
     marks: Marks
     differing: list[int] = field(default_factory=list)
+    pinned: Snapshot | None = None
+
+    def unpin(self) -> None:
+        """Let go of `pinned`. Idempotent."""
+        pinned, self.pinned = self.pinned, None
+        if pinned is not None:
+            pinned.close()
 
     def close(self) -> None:
-        """Close the database (which empties its -wal) and the log."""
+        """Close the database and the log."""
         self.database.close()
         self.log.close()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from walship.engine import failpoints
-from walship.engine.capture import WalPoint
 from walship.engine.database import Database
 from walship.engine.durable_state import FileStamp, StateFile, Truth, WalBase
 from walship.engine.leader import Leader, log_captured
@@ -18,6 +17,7 @@ from walship.engine.watermarks import Watermarks
 from walship.errors import CorruptDatabase
 from walship.formats.frame import FrameFlags, FrameHeader, encode_frame
 from walship.formats.position import Position
+from walship.node.recover import point_of
 
 __all__ = ["promote"]
 
@@ -41,6 +41,9 @@ def promote(
     not what the log's last frame says; nothing of the term exists then.
     """
     database, log = replica.database, replica.log
+    if replica.pinned is None:
+        replica.pinned = Snapshot.pin(database)
+    pinned = replica.pinned
     database.sync_wal()
     tip = log.tip
     if replica.checksums.rolling != tip.checksum:
@@ -68,9 +71,8 @@ def promote(
     failpoints.reach("leader.term_started")
     if replica.differing:
         # Before `truth=wal`: until then a restart finds the same difference again, after it the -wal counts from here.
-        _log_difference(replica, cluster=cluster, term=term, now_ms=now_ms())
-    index = database.index.header()
-    at = WalPoint(index.salts, index.mx_frame, index.frame_checksum) if index.mx_frame else None
+        _log_difference(replica, pinned, cluster=cluster, term=term, now_ms=now_ms())
+    at = point_of(pinned)  # not where the -wal ends by now: what others committed since is still to be captured
     txid = log.tip.position.txid
     state.update(
         truth=Truth.WAL,
@@ -99,6 +101,7 @@ def promote(
         on_frame=on_frame,
         on_group=on_group,
     )
+    replica.unpin()  # the leader's own guard holds the -wal's past from here on
     _log.info("leading term=%d tip=%s", term, log.tip)
     return leader
 
@@ -127,20 +130,16 @@ class _Difference:
         return ((pgno, page) for pgno, page in self.snapshot.pages() if pgno in self.pgnos)
 
 
-def _log_difference(replica: Replica, *, cluster: bytes, term: int, now_ms: int) -> None:
-    snapshot = Snapshot.pin(replica.database)
-    try:
-        log_captured(
-            replica.log,
-            _Difference(replica.database, snapshot, frozenset(replica.differing)),
-            replica.checksums,
-            cluster=cluster,
-            term=term,
-            now_ms=now_ms,
-            acked=Position(0, 0),
-            flags=FrameFlags.REBUILT,
-        )
-    finally:
-        snapshot.close()
+def _log_difference(replica: Replica, pinned: Snapshot, *, cluster: bytes, term: int, now_ms: int) -> None:
+    log_captured(
+        replica.log,
+        _Difference(replica.database, pinned, frozenset(replica.differing)),
+        replica.checksums,
+        cluster=cluster,
+        term=term,
+        now_ms=now_ms,
+        acked=Position(0, 0),
+        flags=FrameFlags.REBUILT,
+    )
     replica.log.sync()
     replica.differing.clear()

@@ -7,7 +7,11 @@ Order, each step durable before the next position is reported:
     3 SQLite recovers the -wal; it is fsynced
     4 truth=wal: commits that the -wal holds and the log does not are appended, one frame each, flagged rebuilt
     5 truth=log: everything from the mark to the log's end is applied again, as one merged commit
-    6 truth=log from here on: every node starts as a follower
+
+Every node starts as a follower, and sets truth=log when it begins to follow (`engine.follower`). Until then, or until
+a new term has its own base (`promote`), the -wal stays the truth: other programs may write to the file meanwhile, and
+what they commit is found again by the next start, whatever happens to this one. Steps 3 and 4 look at one pinned
+state, with WRITE held.
 
 A follower never counts its -wal: its own frames there are merged differently than the leader's.
 """
@@ -19,10 +23,12 @@ import logging
 import os
 from pathlib import Path
 
+import apsw
+
 from walship.engine.apply import Applier
 from walship.engine.capture import Capture, WalPoint
-from walship.engine.database import Database
-from walship.engine.durable_state import DurableState, FileStamp, StateFile, Truth
+from walship.engine.database import Database, holding_write
+from walship.engine.durable_state import DurableState, FileStamp, StateFile, Truth, WalBase
 from walship.engine.leader import log_captured
 from walship.engine.log import Log, LogLimits
 from walship.engine.marks import Marks
@@ -31,13 +37,13 @@ from walship.engine.replica import Replica
 from walship.engine.seed import announced_tip, finish_install
 from walship.engine.snapshot import Snapshot, scan
 from walship.engine.verify import differing_pages
-from walship.errors import CorruptData, CorruptDatabase, CorruptLog, CorruptWal, HistoryMismatch
+from walship.errors import CorruptData, CorruptDatabase, CorruptLog, CorruptWal, HistoryMismatch, Unavailable
 from walship.formats.checksum import PageChecksums, page_checksum
 from walship.formats.frame import FrameFlags
 from walship.formats.position import Position, Tip
 from walship.formats.wal import WAL_HEADER_SIZE, WalFrameHeader, WalHeader, frame_offset
 
-__all__ = ["FIRST_POSITION", "found_database", "recover"]
+__all__ = ["FIRST_POSITION", "found_database", "point_of", "recover"]
 
 _log = logging.getLogger("walship.node")
 
@@ -48,6 +54,8 @@ FIRST_POSITION = Position(0, 1)
 def found_database(state: StateFile, marks: Marks) -> Tip:
     """The database of a new cluster, adopted or empty: scan it and mark it as the first position.
 
+    What other programs commit during the scan and after it is counted from there at the start that follows.
+
     Raises DatabaseRefused or CorruptDatabase; the file was not changed then.
     """
     path = Path(state.state.database_path)
@@ -57,6 +65,14 @@ def found_database(state: StateFile, marks: Marks) -> Tip:
         snapshot = Snapshot.pin(database)
         try:
             checksums = scan(snapshot)
+            at = point_of(snapshot)
+            state.update(
+                truth=Truth.WAL,
+                led=FIRST_POSITION.term,
+                base=WalBase(FIRST_POSITION.txid, at.salts, at.frame, at.checksum) if at else None,
+                next_base=None if at else FIRST_POSITION.txid,
+                next_base_file=None if at else FileStamp.of(database.file_fd),
+            )
         finally:
             snapshot.close()
         tip = Tip(FIRST_POSITION, checksums.rolling, checksums.commit)
@@ -110,8 +126,6 @@ def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
         else:
             replica = _open_truth_log(database, log, marks, mark, checksums)
         marks.attach(log)
-        if not replica.differing:  # else the log lacks what the file holds, until `promote` has logged it (R7)
-            state.update(truth=Truth.LOG)
     except BaseException:
         database.close()
         raise
@@ -155,11 +169,36 @@ def _open_truth_wal(
             checksums.set_many(sums, batch.commit)
         if checksums.rolling != log.tip.checksum:
             checksums = None
-    start = _count_from(state, database, log.tip.position.txid)
-    counted = None if start is None else _recount(state, database, log, checksums, cluster, *start)
-    if counted is None:
-        return _compare(database, log, marks, checksums)
-    return Replica(database, log, counted, marks)
+    try:
+        with holding_write(database.holder):
+            pinned = Snapshot.pin(database)
+            try:
+                start = _count_from(state, database, log.tip.position.txid)
+                if start is None:
+                    counted = None
+                elif state.led == FIRST_POSITION.term:  # no term to log commits in yet: any there are, are compared
+                    counted = checksums if start[0] == point_of(pinned) else None
+                else:
+                    counted = _recount(state, database, log, checksums, cluster, *start)
+                if counted is not None:
+                    return Replica(database, log, counted, marks, pinned=pinned)
+                differing = _compare(database, log, checksums, pinned)
+                assert checksums is not None
+                return Replica(database, log, checksums, marks, differing, pinned)
+            except BaseException:
+                pinned.close()
+                raise
+    except apsw.BusyError as error:
+        raise Unavailable(
+            f"{database.path}: another process held SQLite's write lock for seconds, so its last commits could not be "
+            "counted. Nothing was changed; find out who writes to this file, then start again."
+        ) from error
+
+
+def point_of(snapshot: Snapshot) -> WalPoint | None:
+    """Where in the -wal a pinned state ends; None when the -wal is empty."""
+    header = snapshot.header
+    return WalPoint(header.salts, header.mx_frame, header.frame_checksum) if header.mx_frame else None
 
 
 def _recount(
@@ -192,7 +231,8 @@ def _recount(
                 captured,
                 present,
                 cluster=cluster,
-                term=state.led,
+                # A promotion that crashed may have logged the start of its term, which nobody has seen.
+                term=max(state.led, log.tip.position.term),
                 now_ms=log.last_time_ms,
                 acked=Position(0, 0),
                 flags=FrameFlags.REBUILT,
@@ -227,22 +267,19 @@ def _checksum_at(database: Database, frame: int) -> tuple[int, int]:
     return WalFrameHeader.parse(os.pread(database.wal_fd, 24, frame_offset(frame, database.page_size))).checksum
 
 
-def _compare(database: Database, log: Log, marks: Marks, checksums: PageChecksums | None) -> Replica:
-    """Nothing says how the -wal continues the log: compare every page with what the log's history gives (R7)."""
+def _compare(database: Database, log: Log, checksums: PageChecksums | None, pinned: Snapshot) -> list[int]:
+    """Nothing says how the -wal continues the log: compare every page with what the log's history gives (R7).
+    Returns those that differ."""
     if checksums is None or checksums.rolling != log.tip.checksum:
         raise CorruptData(
             f"{database.path}: neither the -wal's position nor the page checksums of the last mark can be trusted, so "
             "this leader cannot tell what its last commits were. Nothing was changed. Start it as a follower of a "
             "copy, or found a new cluster on this file with `walship up` and an empty data directory."
         )
-    snapshot = Snapshot.pin(database)
-    try:
-        differing = list(differing_pages(snapshot, checksums))
-    finally:
-        snapshot.close()
+    differing = list(differing_pages(pinned, checksums))
     if differing:
         _log.warning("database differs from the log pages=%d: one rebuilt frame opens the next term", len(differing))
-    return Replica(database, log, checksums, marks, differing)
+    return differing
 
 
 def _scan(database: Database) -> PageChecksums:

@@ -42,7 +42,7 @@ TRANSITIONS: dict[Role, dict[Event, Role]] = {
 }
 
 DURABLE_STEPS: dict[tuple[Role, Event], tuple[str, ...]] = {
-    (Role.STARTING, Event.RECOVERED): ("fdatasync -wal", "fsync log", "rebuilt frames fsynced", "truth=log"),
+    (Role.STARTING, Event.RECOVERED): ("fdatasync -wal", "fsync log", "rebuilt frames fsynced"),
     (Role.FOLLOWER, Event.CLAIM_WON): ("promised=t",),
     (Role.CLAIMING, Event.TERM_STARTED): ("fdatasync -wal", "term-start frame fsynced", "truth=wal, led=t, base"),
     (Role.LEADER, Event.STOP): ("fsync log", "next_base", "mark"),
