@@ -268,6 +268,27 @@ async def test_turn_held_too_long_by_a_running_statement_is_stopped(tmp_path: Pa
         assert bench.service.status().streams == 0
 
 
+_LONG_READ = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 20000000) SELECT count(*) FROM n"
+
+
+@pytest.mark.parametrize(("steps", "kept"), [((_LONG_READ, "COMMIT"), 0), (("COMMIT", _LONG_READ), 1)])
+async def test_turn_held_too_long_is_told_as_what_became_of_it(
+    tmp_path: Path, steps: tuple[str, ...], kept: int
+) -> None:
+    """R21: the statement interrupted may be a read, after or before the COMMIT: "nothing was kept" must be true."""
+    async with leading(tmp_path / "n", Limits(), writer_limits=WriterLimits(turn_seconds=0.2)) as bench:
+        await bench.run("CREATE TABLE t (a)")
+        reply, _ = await bench.on(0, execute("BEGIN IMMEDIATE"), execute("INSERT INTO t VALUES (1)"))
+        if kept:
+            await bench.on(reply.stream, batch(*steps))
+            await bench.on(reply.stream, execute("SELECT 1"))
+        else:
+            with pytest.raises(TransactionTimeout):
+                await bench.on(reply.stream, batch(*steps))
+        assert await bench.rows("SELECT count(*) FROM t") == [[kept]]
+        await bench.run("INSERT INTO t VALUES (2)")  # the turn is free, the connection clean
+
+
 async def test_vanished_client_is_rolled_back_and_its_turn_given_back(bench: Bench) -> None:
     await bench.run("CREATE TABLE t (a)")
     await bench.run(

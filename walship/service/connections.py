@@ -33,13 +33,25 @@ _STRIDE = 10_000  # VM instructions between two looks at the clock: no cost to s
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """One connection and its executor. `writer`: opened for writing, on a leader."""
+    """One connection and its executor. `writer`: opened for writing, on a leader.
+
+    revoked: the write turn was called in: nothing may be committed any more. commits: how many commits wrote. Together
+    they tell exactly whether a transaction that was called in came to its end first.
+    """
 
     connection: apsw.Connection
     executor: Executor
     writer: bool
     deadline: float = 0.0
     running: Future[object] | None = None
+    revoked: bool = False
+    commits: int = 0
+
+    def forbid_commit(self) -> bool:
+        """SQLite's commit hook: True turns the commit into a rollback."""
+        if not self.revoked:
+            self.commits += 1
+        return self.revoked
 
 
 class Connections:
@@ -119,6 +131,7 @@ class Connections:
             limit_values(connection, self._limits.value_bytes)
             lane = Lane(connection, Executor(connection, self._limits), writer)
             connection.set_progress_handler(lambda: self._shall_stop(lane), _STRIDE)
+            connection.set_commit_hook(lane.forbid_commit)
             return lane
         except BaseException:
             connection.close(True)
@@ -135,7 +148,7 @@ def _tidy(lane: Lane, shelf: list[Lane] | None, first: Callable[[], None] | None
         if shelf is not None:
             if not lane.connection.get_autocommit():
                 lane.connection.execute("ROLLBACK")
-            lane.executor.may_write = False
+            lane.executor.may_write = lane.revoked = False
             lane.executor.start(Counters())
             shelf.append(lane)
             return

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 
 import apsw
 
-from walship.errors import NotLeader, NotReadOnly, TransactionTimeout
+from walship.errors import NotLeader, NotReadOnly, OutcomeUnknown, TransactionTimeout
 from walship.formats.position import Position
 from walship.hrana.types import Batch, StreamRequest
 from walship.service.connections import Connections, Lane
@@ -87,6 +87,7 @@ class Session:
     ack: int | None = None  # acknowledgments the present call asks for; None: the cluster's rule
     _lines: Lines | None = None
     _running: bool = False
+    _commits: int = 0  # of the lane, when the turn was taken
     _read_only: bool = False
 
     @property
@@ -197,17 +198,26 @@ class Session:
                 self._running = False
                 if self.turn is not None:
                     self.turn.end_statement()
-            self._raise_if_expired()
+            self._raise_if_expired(lane)
             if not isinstance(outcome, Need):
                 return outcome
             await self._take_turn(lane)
 
-    def _raise_if_expired(self) -> None:
-        if self.expired:
+    def _raise_if_expired(self, lane: Lane) -> None:
+        if not self.expired:
+            return
+        if lane.commits == self._commits:
             raise TransactionTimeout(
                 "this transaction held the write turn longer than allowed and was rolled back. "
                 "Nothing of it was kept. Begin again on a new stream, with smaller transactions."
             )
+        # Its COMMIT came first, in the same request as what took so long.
+        if not lane.connection.get_autocommit():
+            raise OutcomeUnknown(
+                "this request committed a transaction, and began another that held the write turn longer than allowed "
+                "and was rolled back. Look at what was kept before sending it again."
+            )
+        self.expired = False
 
     async def _take_turn(self, lane: Lane) -> None:
         writer = self.host.writer
@@ -223,6 +233,7 @@ class Session:
 
         turn.on_expire = on_expire
         self.turn = turn
+        lane.revoked, self._commits = False, lane.commits
         lane.executor.may_write = True
         if turn.expired:
             on_expire()
@@ -238,6 +249,7 @@ class Session:
         an idle transaction is rolled back at once, since others wait."""
         self.expired = True
         if self._running and self.lane is not None:
+            self.lane.revoked = True
             self.lane.connection.interrupt()
         elif not self._running:
             self.spawn(self.abandon())
