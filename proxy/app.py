@@ -198,6 +198,7 @@ class Proxy:
             position=lambda: str(self.floors.position),
             status=lambda: msgspec.json.encode(self.status()).decode(),
             default_ack=None if cluster is None else cluster.acks,
+            most_acks=None if cluster is None else len(cluster.voters) - 1,
         )
 
     @property

@@ -16,7 +16,17 @@ from urllib.parse import urlsplit
 
 from proxy.consistency import Floors
 from proxy.link import LinkConnection
-from walship.coordination.record import CLUSTER, LEADER, NODES, ClusterRecord, LeaderRecord, NodeRecord, decode
+from walship.coordination.record import (
+    CLUSTER,
+    LEADER,
+    NODES,
+    TERMS,
+    ClusterRecord,
+    LeaderRecord,
+    NodeRecord,
+    TermRecord,
+    decode,
+)
 from walship.coordination.store import Change, Store
 from walship.errors import CorruptState, StoreUnavailable, UsageError
 from walship.formats.link import NO_POSITION, Role, Status, StatusFlags
@@ -214,6 +224,7 @@ class Backends:
             tasks.create_task(follow(self._store, NODES, node_changed), name="watch nodes")
             tasks.create_task(follow(self._store, LEADER, self._leader_changed), name="watch leader")
             tasks.create_task(follow(self._store, CLUSTER, self._cluster_changed), name="watch cluster")
+            tasks.create_task(follow(self._store, TERMS, self._term_changed), name="watch terms")
 
     # --- the store ----------------------------------------------------------------------------------------------
 
@@ -221,6 +232,12 @@ class Backends:
         if change.key == CLUSTER and change.state is not None:
             self.cluster_record = decode(ClusterRecord, change.key, change.state.value)
             self._cluster_known.set()
+
+    def _term_changed(self, change: Change) -> None:
+        """Statuses tell of the newest terms only; an old token is judged by all of them (R18)."""
+        if change.state is not None:
+            record = decode(TermRecord, change.key, change.state.value)
+            self._floors.history.add(record.term, record.start.prev_txid)
 
     def _leader_changed(self, change: Change) -> None:
         if change.key == LEADER:

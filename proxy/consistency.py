@@ -20,7 +20,9 @@ from walship.hrana.types import Level
 __all__ = ["Floors", "Settings", "parse_ack", "parse_level", "parse_token"]
 
 LEVEL_NAMES = {"any": Level.ANY, "session": Level.SESSION, "global": Level.SESSION, "linearizable": Level.LINEARIZABLE}
-MAX_ACK = 127
+MAX_ACK = 30  # as many as a baton can carry, and more voters than anybody has
+_LEVEL_BITS = {Level.ANY: 1, Level.SESSION: 2, Level.LINEARIZABLE: 3}
+_LEVEL_OF_BITS = {bits: level for level, bits in _LEVEL_BITS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,20 @@ class Settings:
         floor = self.floor if min_position is None else parse_token(min_position)
         return replace(self, level=level, floor=floor)
 
+    def packed(self, default: Settings) -> int:
+        """What a baton carries of these settings, below 128: level and ack, 0 for what is `default`.
+
+        A token is not carried: a proxy that starts is behind nobody (R18).
+        """
+        level = 0 if self.level is default.level else _LEVEL_BITS[self.level]
+        return level | (0 if self.ack is None else self.ack + 1) << 2
+
+    @classmethod
+    def unpacked(cls, number: int, default: Settings) -> Settings:
+        """The settings of a revived stream."""
+        ack = (number >> 2) - 1
+        return cls(_LEVEL_OF_BITS.get(number & 3, default.level), ack if ack >= 0 else default.ack)
+
 
 def parse_level(text: str) -> Level:
     """Read a consistency level; `global` means `session`. Raises ProtocolViolation for any other word."""
@@ -51,11 +67,11 @@ def parse_level(text: str) -> Level:
     return level
 
 
-def parse_ack(text: str) -> int:
-    """Read a number of followers to wait for. Raises ProtocolViolation when it is none."""
-    text = text.strip()
-    if not (text.isascii() and text.isdecimal() and len(text) < 4 and int(text) <= MAX_ACK):
-        raise ProtocolViolation(f"walship_ack is a number of followers, 0 to {MAX_ACK}, not {text[:40]!r}")
+def parse_ack(text: str, most: int | None = None) -> int:
+    """Read a number of followers to wait for, of `most` there are. Raises ProtocolViolation when it is none."""
+    text, most = text.strip(), MAX_ACK if most is None else min(most, MAX_ACK)
+    if not (text.isascii() and text.isdecimal() and len(text) < 4 and int(text) <= most):
+        raise ProtocolViolation(f"walship_ack is a number of followers, here 0 to {most}, not {text[:40]!r}")
     return int(text)
 
 

@@ -81,6 +81,7 @@ class Known:
     position: Callable[[], str]
     status: Callable[[], str]
     default_ack: int | None
+    most_acks: int | None = None  # how many followers can acknowledge at all; None: not known
 
 
 def plan_pipeline(
@@ -280,7 +281,7 @@ class _Walk:
             value: str | int | None = settings.level.value
         elif name == "ack":
             if argument is not None:
-                settings = replace(settings, ack=parse_ack(argument))
+                settings = replace(settings, ack=parse_ack(argument, self._known.most_acks))
             value = self._known.default_ack if settings.ack is None else settings.ack
         elif name == "wait_for" and argument is not None:
             settings = replace(settings, floor=parse_token(argument))

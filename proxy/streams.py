@@ -6,8 +6,8 @@ is also *kept* by the leader, as a record of what changes() and last_insert_rowi
 to go anywhere. So an idle client costs nothing, and expiry hurts only who left a transaction open: after
 `transaction_idle_seconds` the node's stream is closed, and the client is told STREAM_EXPIRED. A baton that says
 "autocommit" is good for as long as its key, also after this process forgot the record or was restarted: the stream is
-then revived without its stored SQL. So is a stream whose loss the client has been told, once: PyPI libsql sends its
-last baton for ever, whatever the answers, and would never get out otherwise.
+then revived without its stored SQL, and at its own consistency level. So is a stream whose loss the client has been
+told, once: PyPI libsql sends its last baton for ever, whatever the answers, and would never get out otherwise.
 
 Time is an argument (monotonic seconds); random numbers come from the `random` given.
 """
@@ -205,7 +205,7 @@ class Streams:
         self._streams.move_to_end(stream.id)
         # PRAGMA settings and TEMP objects count too: a stream that had them must not be revived unnoticed (R21).
         in_transaction = stream.has_state or not stream.autocommit
-        return sign(self._key, Baton(stream.id, stream.sequence, in_transaction=in_transaction))
+        return self._sign(stream, stream.sequence, in_transaction=in_transaction)
 
     def promise(self, stream: ClientStream, *, may_hold: bool) -> str:
         """The baton `keep` is going to return, before the request has ended: a cursor's head line comes first.
@@ -214,7 +214,10 @@ class Streams:
         state. A cautious guess, which matters only to whoever has lost the record.
         """
         in_transaction = may_hold or stream.has_state or not stream.autocommit
-        return sign(self._key, Baton(stream.id, (stream.sequence + 1) & _U64, in_transaction=in_transaction))
+        return self._sign(stream, (stream.sequence + 1) & _U64, in_transaction=in_transaction)
+
+    def _sign(self, stream: ClientStream, sequence: int, *, in_transaction: bool) -> str:
+        return sign(self._key, Baton(stream.id, sequence, in_transaction, stream.settings.packed(self.settings)))
 
     def forget(self, stream: ClientStream) -> None:
         """Drop a stream whose client never got a baton."""
@@ -278,7 +281,7 @@ class Streams:
             self._remember(baton.stream, _End.TOLD)
             raise stream_expired()
         self._ended.pop(baton.stream, None)
-        stream = ClientStream(baton.stream, baton.sequence, self.settings)
+        stream = ClientStream(baton.stream, baton.sequence, Settings.unpacked(baton.settings, self.settings))
         self.register(stream)
         return stream
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from walship.coordination import presence as module
+from walship.coordination.baton_key import BATON_KEY
 from walship.coordination.presence import PROXIES, TRUST_SECONDS, Presence
 from walship.coordination.store import Store, open_store
 from walship.errors import UsageError
@@ -123,20 +122,21 @@ async def test_one_that_was_killed_is_gone_whatever_its_record_says(hall: Hall, 
     """The kernel drops the lock; no timer decides."""
     one = await hall.join()
     lock = tmp_path / "store" / "proxies" / "other.lock"
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(lock)], stdout=subprocess.PIPE)
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, str(lock), stdout=asyncio.subprocess.PIPE)
     try:
         assert child.stdout is not None
-        assert await asyncio.to_thread(child.stdout.readline) == b"held\n"
+        assert await child.stdout.readline() == b"held\n"
         await hall.store.put_if(f"{PROXIES}other", b'{"name":"other","url":"http://127.0.0.1:2"}', version=None)
         await one.look()
         assert not one.alone
-        child.send_signal(signal.SIGKILL)
-        await asyncio.to_thread(child.wait)
+        child.kill()
+        await child.wait()
         await one.look()
         assert one.alone
     finally:
-        child.kill()
-        await asyncio.to_thread(child.communicate)
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
 
 
 async def test_a_name_that_a_live_one_has_gets_a_number(hall: Hall) -> None:
@@ -151,7 +151,7 @@ async def test_the_name_of_one_that_left_is_free(hall: Hall) -> None:
 
 
 async def test_the_baton_key_is_no_proxy(hall: Hall) -> None:
-    await hall.store.put_if(module.BATON_KEY, b"k" * 32, version=None)
+    await hall.store.put_if(BATON_KEY, b"k" * 32, version=None)
     assert (await hall.join()).alone
     with pytest.raises(UsageError):
         await hall.join("baton-key")

@@ -12,6 +12,7 @@ from walship.formats.link import (
     MAX_MESSAGE,
     Chunk,
     CursorEnd,
+    CursorHead,
     Grant,
     Leader,
     LinkReader,
@@ -80,7 +81,14 @@ node_statuses = st.builds(
     st.lists(st.tuples(u64, u64), max_size=16).map(tuple),
 )
 messages = st.one_of(
-    requests, replies, st.builds(Chunk, u64, bodies), ends, refusals, node_statuses, st.builds(Grant, u64, u32)
+    requests,
+    replies,
+    st.builds(Chunk, u64, bodies),
+    st.builds(CursorHead, u64, positions),
+    ends,
+    refusals,
+    node_statuses,
+    st.builds(Grant, u64, u32),
 )
 
 

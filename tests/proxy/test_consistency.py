@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from proxy.consistency import Floors, Settings, parse_ack, parse_level, parse_token
 from walship.errors import ProtocolViolation, WriteLost
 from walship.formats.link import NO_POSITION, Role, Status
-from walship.formats.position import Position
+from walship.formats.position import Position, TermHistory
 from walship.hrana.types import Level
 
 
@@ -97,6 +97,76 @@ def test_request_headers_override_the_streams_settings() -> None:
 
 def test_global_is_another_name_for_session() -> None:
     assert parse_level("global") is Level.SESSION
+
+
+@given(
+    st.builds(Settings, st.sampled_from(Level), st.none() | st.integers(0, 30)),
+    st.builds(Settings, st.sampled_from(Level)),
+)
+def test_a_baton_carries_level_and_acks(settings: Settings, default: Settings) -> None:
+    """A revived stream must not be weaker than its client asked for."""
+    number = settings.packed(default)
+    assert 0 <= number < 128
+    assert Settings.unpacked(number, default) == settings
+
+
+def test_more_acknowledgments_than_there_are_followers_are_refused() -> None:
+    assert parse_ack("2", 2) == 2
+    with pytest.raises(ProtocolViolation, match="0 to 2"):
+        parse_ack("3", 2)
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> list[tuple[str, Status | Position]]:
+    """What a proxy hears of a cluster: statuses as old as it likes, and answers that show what was acknowledged.
+
+    A leader may lose what it had not got acknowledged; the next term begins where the acknowledged part ends, or after.
+    """
+    term, txid, acked = 1, 0, 0
+    history = [(1, 0)]
+    statuses = [status(Role.LEADER, 1, 0, tuple(history))]
+    heard: list[tuple[str, Status | Position]] = []
+    for _ in range(draw(st.integers(1, 25))):
+        what = draw(st.sampled_from(["write", "ack", "term", "status", "answer", "old answer"]))
+        if what == "write":
+            txid += draw(st.integers(1, 5))
+        elif what == "ack":
+            acked = draw(st.integers(acked, txid))
+        elif what == "term":
+            term, txid = term + 1, draw(st.integers(acked, txid))
+            acked = txid
+            history.append((term, txid))
+        elif what == "status":
+            heard.append(("status", draw(st.sampled_from(statuses))))
+        else:
+            shown = acked if what == "answer" else draw(st.integers(0, acked))
+            in_term = max(start for start in history if start[1] <= shown)[0]
+            heard.append(("answer", Position(in_term, shown)))
+        role = draw(st.sampled_from([Role.LEADER, Role.FOLLOWER]))
+        statuses.append(status(role, term, acked, tuple(history)))
+    heard.append(("status", statuses[-1]))
+    return heard
+
+
+@given(lives())
+def test_a_floor_never_goes_back(heard: list[tuple[str, Status | Position]]) -> None:
+    """R18: whatever comes in, in whatever order: each floor contains the one before, by the whole history."""
+    last = heard[-1][1]
+    assert isinstance(last, Status)
+    truth = TermHistory(last.history)
+    floors = Floors()
+    before = NO_POSITION
+    answers: list[Position] = []
+    for _, what in heard:
+        if isinstance(what, Status):
+            floors.learn(what)
+        else:
+            floors.raise_to(what)
+            answers.append(what)
+        now = floors.needed(Settings())
+        for earlier in (before, *answers):
+            assert earlier == NO_POSITION or truth.covers(now, earlier), f"{now} after {earlier}"
+        before = now
 
 
 @given(st.text())

@@ -29,6 +29,7 @@ __all__ = [
     "GENERATIONS",
     "LEADER",
     "NODES",
+    "TERMS",
     "ClusterRecord",
     "Generation",
     "GenerationsRecord",
