@@ -194,6 +194,8 @@ REFUSED = [
     ("PRAGMA wal_checkpoint(TRUNCATE)", "BLOCKED"),
     ("PRAGMA temp_store_directory = '/tmp'", "BLOCKED"),
     ("PRAGMA no_such_pragma", "BLOCKED"),
+    ("PRAGMA journal_mode = DELETE", "BLOCKED"),
+    ("PRAGMA page_size = 512", "BLOCKED"),
     ("UPDATE sqlite_dbpage SET data = zeroblob(4096)", "SQLITE_UNKNOWN"),
     ("BEGIN CONCURRENT", "SQL_PARSE_ERROR"),
     ("SELEC 1", "SQL_PARSE_ERROR"),
@@ -219,11 +221,11 @@ def test_a_refusal_has_a_code_and_changes_nothing(stream: Stream, sql: str, code
 
 NO_OPS = [
     ("PRAGMA journal_mode = WAL", "wal"),
-    ("PRAGMA journal_mode = DELETE", "wal"),
+    ("PRAGMA journal_mode", "wal"),
     ("PRAGMA synchronous = FULL", "1"),
     ("PRAGMA busy_timeout = 5000", "0"),
     ("PRAGMA mmap_size = 268435456", "0"),
-    ("PRAGMA page_size = 512", "4096"),
+    ("PRAGMA page_size = 4096", "4096"),
     ("PRAGMA read_uncommitted", "0"),
     ("PRAGMA locking_mode = EXCLUSIVE", "normal"),
     ("PRAGMA wal_autocheckpoint = 1", "0"),

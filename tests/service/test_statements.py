@@ -198,9 +198,30 @@ async def test_response_too_large_is_an_error_and_its_writes_are_undone(bench: B
 
 async def test_settings_that_walship_decides_are_accepted_and_tell_the_value_in_force(bench: Bench) -> None:
     """hrana.md 3.2: programs set these at start."""
-    assert await bench.rows("PRAGMA journal_mode = DELETE") == [["wal"]]
+    assert await bench.rows("PRAGMA journal_mode = WAL") == [["wal"]]
     assert await bench.rows("PRAGMA synchronous = OFF") == [[1]]
     assert await bench.rows("PRAGMA journal_mode") == [["wal"]]
+    assert await bench.rows("PRAGMA page_size = 4096") == [[4096]]
+
+
+@pytest.mark.parametrize("sql", ["PRAGMA journal_mode = DELETE", "PRAGMA page_size = 512"])
+async def test_what_cannot_be_changed_is_refused_when_another_value_is_asked_for(bench: Bench, sql: str) -> None:
+    """R22."""
+    assert code_of(await bench.run(sql)) == "BLOCKED"
+    assert await bench.rows("PRAGMA page_size") == [[4096]]
+
+
+@pytest.mark.parametrize(
+    ("sql", "column"), [("PRAGMA journal_mode = WAL", "journal_mode"), ("PRAGMA busy_timeout = 5000", "timeout")]
+)
+async def test_a_setting_that_walship_decides_is_described_as_what_answers_it(
+    bench: Bench, sql: str, column: str
+) -> None:
+    """PyPI libsql describes every statement before it runs it (hrana.md 2.1)."""
+    answers = results(await bench.call(DescribeRequest(sql=sql), DescribeRequest(sql="BEGIN READONLY")))
+    assert [answer["type"] for answer in answers] == ["ok", "ok"]
+    result = answers[0]["response"]["result"]
+    assert ([col["name"] for col in result["cols"]], result["is_readonly"]) == ([column], True)
 
 
 async def test_values_that_json_cannot_carry_fail_their_statement(bench: Bench) -> None:

@@ -126,9 +126,18 @@ def test_counters_follow_the_statement_kind(sql: str, insert: bool, counts: bool
 
 
 def test_a_setting_walship_decides_is_answered_with_the_value_in_force() -> None:
-    ruling = classify("PRAGMA journal_mode = DELETE").ruling
+    ruling = classify("PRAGMA journal_mode = WAL").ruling
     assert ruling is not None
     assert (ruling.action, ruling.column, ruling.value) == (Action.ANSWER, "journal_mode", "wal")
+
+
+def test_another_journal_mode_is_refused() -> None:
+    """R22: whoever asks for it relies on getting it."""
+    verdict = classify("PRAGMA journal_mode = DELETE")
+    assert (verdict.kind, verdict.reason) == (
+        Kind.REFUSED,
+        "PRAGMA journal_mode: the -wal is what is shipped to the followers",
+    )
 
 
 @pytest.mark.parametrize("sql", ["PRAGMA main.page_size", "pragma PAGE_SIZE = 512", "PRAGMA page_size(512)"])

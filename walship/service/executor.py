@@ -294,6 +294,7 @@ class Executor:
                     return
                 sql = _begin_text(verdict, sql)
             elif verdict.kind is Kind.PRAGMA:
+                self._check_unchanged(verdict)
                 sql = _pragma_answer(verdict)
             else:
                 raise _not_run(verdict)
@@ -392,6 +393,10 @@ class Executor:
         verdict = classify(sql)
         if verdict.kind in (Kind.MANY, Kind.EMPTY, Kind.REFUSED):
             raise _not_run(verdict)
+        if verdict.kind is Kind.PRAGMA:
+            sql = _pragma_answer(verdict)  # what it stands for; PyPI libsql describes everything before it runs it
+        elif verdict.kind in _TRANSACTION_WORDS:
+            sql = _begin_text(verdict, sql)
         names = parameters(sql)
         self._describing = True
         try:
@@ -403,6 +408,14 @@ class Executor:
         return hrana.encode_describe(
             names, self._description, is_explain=self._explain, is_readonly=self._readonly or self._explain
         )
+
+    def _check_unchanged(self, verdict: Verdict) -> None:
+        """Refuse to seem to set what cannot be changed. Raises StatementFailed BLOCKED."""
+        ruling, pragma = verdict.ruling, verdict.pragma
+        if ruling is None or pragma is None or ruling.query is None or not ruling.reason or pragma.argument is None:
+            return
+        if str(self.connection.execute(ruling.query).get) != pragma.argument:
+            raise blocked(ruling.reason)
 
     # --- transactions -------------------------------------------------------------------------------------------
 

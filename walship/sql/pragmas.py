@@ -3,7 +3,8 @@
 Programs set PRAGMAs at start that make no sense, or would do harm, in a replicated database (hrana.md 3.2). A
 refusal breaks them, silence misleads them; so a setting that walship decides itself (journal_mode, synchronous,
 busy_timeout...) is accepted, changes nothing, and answers with the value in force. Settings of a connection become
-state of the stream; settings of the database are writes; what would break capture or the file is refused.
+state of the stream; settings of the database are writes; what would break capture or the file is refused, and so is
+another journal mode or page size than there is: whoever asks for one of those relies on getting it.
 
 Every PRAGMA of the SQLite we are pinned to is listed; an unlisted one is refused by name.
 """
@@ -44,7 +45,8 @@ class PragmaCall:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The policy of one PRAGMA. `value`: the one value in force everywhere, for Action.ANSWER."""
+    """The policy of one PRAGMA. `value`: the one value in force everywhere, for Action.ANSWER; with a `reason` there,
+    setting another one is refused."""
 
     query: Action
     set: Action
@@ -57,7 +59,8 @@ class Policy:
 class Ruling:
     """What to do with one statement.
 
-    For Action.ANSWER: reply with one row (`column`: `value`), or, when `value` is None, with what `query` reads.
+    For Action.ANSWER: reply with one row (`column`: `value`), or, when `value` is None, with what `query` reads. With a
+    `reason`, an argument that differs from what `query` reads is refused for it.
     """
 
     action: Action
@@ -73,8 +76,8 @@ _WRITE = Policy(Action.READ, Action.WRITE)
 _KEPT = Policy(Action.READ, Action.ANSWER)
 
 
-def _fixed(value: int | str, column: str | None = None) -> Policy:
-    return Policy(Action.ANSWER, Action.ANSWER, value, column)
+def _fixed(value: int | str, column: str | None = None, *, reason: str = "") -> Policy:
+    return Policy(Action.ANSWER, Action.ANSWER, value, column, reason)
 
 
 def _refused(reason: str, query: Action = Action.REFUSED) -> Policy:
@@ -135,7 +138,7 @@ POLICIES: Final[dict[str, Policy]] = {
     "busy_timeout": _fixed(0, "timeout"),
     "checkpoint_fullfsync": _fixed(0),
     "fullfsync": _fixed(0),
-    "journal_mode": _fixed("wal"),
+    "journal_mode": _fixed("wal", reason="the -wal is what is shipped to the followers"),
     "locking_mode": _fixed("normal"),
     "read_uncommitted": _fixed(0),
     "synchronous": _fixed(1),
@@ -150,7 +153,7 @@ POLICIES: Final[dict[str, Policy]] = {
     "legacy_file_format": _KEPT,
     "max_page_count": _KEPT,
     "mmap_size": _fixed(0),
-    "page_size": _KEPT,
+    "page_size": Policy(Action.READ, Action.ANSWER, reason="it is fixed once the database is there"),
     "secure_delete": _KEPT,
     "shrink_memory": _KEPT,
     "soft_heap_limit": _KEPT,
@@ -186,10 +189,13 @@ def rule(call: PragmaCall) -> Ruling:
     if policy is None:
         return Ruling(Action.REFUSED, reason=f"PRAGMA {call.name} is not known to walship")
     action = policy.query if call.argument is None else policy.set
+    reason = f"PRAGMA {call.name}: {policy.reason}" if policy.reason else ""
     if action is Action.REFUSED:
-        return Ruling(action, reason=f"PRAGMA {call.name}: {policy.reason}")
+        return Ruling(action, reason=reason)
     if action is not Action.ANSWER:
         return Ruling(action)
-    if policy.value is not None:
-        return Ruling(action, policy.column or call.name, policy.value)
-    return Ruling(action, call.name, query=f"PRAGMA {call.name}")
+    if policy.value is None:
+        return Ruling(action, call.name, query=f"PRAGMA {call.name}", reason=reason)
+    if reason and call.argument not in (None, str(policy.value)):
+        return Ruling(Action.REFUSED, reason=reason)
+    return Ruling(action, policy.column or call.name, policy.value)
