@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import apsw
 import apsw.ext
 import pytest
 
+from tests.sql.pragma_table import GROUPS, page_tables
 from walship.sql.pragmas import POLICIES, Action, PragmaCall, rule
 
 
 def test_every_pragma_of_this_sqlite_has_a_policy() -> None:
     known = {name for (name,) in apsw.Connection(":memory:").execute("pragma pragma_list")}
     assert known - POLICIES.keys() == set()
+
+
+@pytest.mark.parametrize("heading", sorted(GROUPS))
+def test_the_page_says_what_the_policy_does(heading: str) -> None:
+    """docs/pragmas.md; `python -m tests.sql.pragma_table` prints the tables anew."""
+    page = (Path(__file__).parents[2] / "docs" / "pragmas.md").read_text()
+    assert page_tables()[heading] in page
+
+
+def test_the_page_has_every_pragma() -> None:
+    assert {policy.set for policy in POLICIES.values()} == set(GROUPS.values())
 
 
 def test_an_unknown_pragma_is_refused_by_name() -> None:
