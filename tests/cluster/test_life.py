@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from tests.cluster.harness import Cluster, Up, content_of, same_files, say
+import apsw
+
+from tests.cluster.harness import Cluster, Process, Up, content_of, eventually, same_files, say
 from tests.cluster.load import Load
 
 TYPED = {"WALSHIP_DRAINING", "WALSHIP_UNAVAILABLE", "WALSHIP_OVERLOADED", "WALSHIP_NOT_DONE", "WALSHIP_OUTCOME_UNKNOWN"}
@@ -60,3 +63,20 @@ def test_a_follower_with_a_proxy_connected_stops_without_waiting_for_its_deadlin
     start = time.monotonic()
     assert cluster.processes["n2"].stop() == 0
     assert time.monotonic() - start < 10
+
+
+def test_a_node_stops_at_once_while_it_still_starts(tmp_path: Path) -> None:
+    """Scanning a large file takes a while; SIGTERM then ended the process as if it had failed."""
+    large = tmp_path / "large.db"
+    database = apsw.Connection(str(large))
+    database.execute("PRAGMA journal_mode=WAL").fetchall()
+    database.execute("CREATE TABLE t AS SELECT randomblob(100000000) AS x")
+    database.close()
+    node = Process("n1", tmp_path / "n1.log")
+    store, data = f"file://{tmp_path}/store", tmp_path / "n1"
+    node.start(["node", "--name", "n1", "--data", str(data), "--cluster", store, "--database", str(large), "--init"])
+    try:
+        eventually(lambda: (data / "node.lock").exists(), "the node has begun")
+        assert node.stop() == 0
+    finally:
+        node.end()

@@ -61,9 +61,18 @@ def _begin(log_level: str) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     for library in ("uvicorn", "websockets"):  # at DEBUG they write out heads and messages, tokens and rows included
         logging.getLogger(library).setLevel(max(logging.INFO, logging.getLevelName(log_level.upper())))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end_at_once)  # until the part has started and takes signals itself
     _open_many_files()
     if (parent := os.environ.get(PARENT)) is not None:
         _follow(int(parent) if parent.isdecimal() else 0)
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    """Asked to stop before it serves anybody: there is nothing to finish, and a start is safe to break off anywhere,
+    also one that scans or replays for minutes in a thread that nobody could interrupt."""
+    del number, frame
+    os._exit(0)
 
 
 def _open_many_files() -> None:
