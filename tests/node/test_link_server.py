@@ -13,8 +13,10 @@ import pytest
 
 from tests.node.real_host import TERM, RealHost
 from tests.node.waiting import eventually
+from walship.errors import NotLeader
 from walship.formats import link
 from walship.formats.position import Position
+from walship.hrana.types import Level
 from walship.node.app import NodeApp
 from walship.node.http_server import bind, serving
 from walship.node.link_server import LinkServer
@@ -291,3 +293,35 @@ async def test_a_write_of_a_vanished_proxy_is_still_done(leader: RealHost) -> No
     reader = leader.database.connect_reader()
     assert reader.execute("select count(*) from t").fetchall() == [(1,)]
     reader.close()
+
+
+async def test_a_read_index_is_a_position_and_nothing_else(leader: RealHost) -> None:
+    """R18: LINEARIZABLE, SESSION and ANY are three different questions; the node's own rules answer them."""
+    asked: list[tuple[Level, float]] = []
+
+    async def position_for(level: Level, wait_seconds: float) -> Position:
+        asked.append((level, wait_seconds))
+        if level is Level.SESSION:
+            raise NotLeader("n9", None, TERM)
+        return Position(TERM, 7)
+
+    async with linked(leader, position_for=position_for) as both:
+        proxy = both.proxy
+        for level in link.ReadLevel:
+            await proxy.ends(proxy.send(link.Verb.READ_INDEX, {}, level=level, wait_ms=250))
+        answers = [messages[-1] for messages in proxy.received.values()]
+        fenced = await proxy.ends(proxy.send(link.Verb.READ_INDEX, {}, min_term=TERM + 1))
+    assert asked == [(Level.ANY, 0.25), (Level.SESSION, 0.25), (Level.LINEARIZABLE, 0.25)]
+    assert [type(answer) for answer in answers] == [link.Reply, link.Refusal, link.Reply]
+    assert isinstance(answers[0], link.Reply)
+    assert (answers[0].position, answers[0].body) == (Position(TERM, 7), b"")
+    assert isinstance(fenced[0], link.Refusal)
+    assert fenced[0].reason is link.Reason.FENCED
+
+
+async def test_a_cursor_names_its_position_before_its_rows(proxy: Proxy) -> None:
+    body = {"batch": {"steps": [{"stmt": {"sql": "select 1"}}]}}
+    head, *_, end = await proxy.ends(proxy.send(link.Verb.CURSOR, body))
+    assert isinstance(head, link.CursorHead)
+    assert isinstance(end, link.CursorEnd)
+    assert head.position == end.position
