@@ -103,6 +103,8 @@ _TOKEN: Final = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
+_BETWEEN: Final = re.compile(r"[ \t\n\f\r;]*+")  # nothing, as often as somebody likes to say it
+
 # More tokens than any transaction statement or PRAGMA needs to be recognized by; the rest is not kept, so that a
 # megabyte of INSERT costs no more memory than its text.
 _HEAD: Final = 16
@@ -263,6 +265,7 @@ def _statements(sql: str) -> Iterator[_Statement]:
             if statement is not None:
                 yield statement
             statement = None
+            at = _BETWEEN.match(sql, at).end()  # type: ignore[union-attr]  # it matches everywhere
         elif statement is None:
             statement = _Statement(token)
         else:
