@@ -52,7 +52,7 @@ __all__ = ["EmbeddedReplicas"]
 _log = logging.getLogger("walship.embedded")
 
 PAGE_SIZE = 4096  # the only one the client's protocol knows
-GENERATION_PAGES = 16384  # 64 MiB: where a client checkpoints its own -wal
+GENERATION_PAGES = 16384  # at most; 64 MiB: where a client checkpoints its own -wal
 KEPT_GENERATIONS = 64  # in the record; the log rarely reaches back further
 MAX_FRAMES = 1024  # in one answer; clients ask for 128
 _TRIES = 8
@@ -77,6 +77,8 @@ class EmbeddedReplicas:
         self._node = node
         self._store = store
         self._directory = directory / "embedded"
+        # The log is kept from where the current generation began, so one is well below the log's own bound (R9).
+        self._generation_pages = min(GENERATION_PAGES, node.config.log_max_bytes // 4 // PAGE_SIZE)
         self._record: GenerationsRecord | None = None
         self._numberings: dict[int, tuple[asyncio.Lock, FrameNumbering]] = {}
         self._rolling = asyncio.Lock()
@@ -126,12 +128,12 @@ class EmbeddedReplicas:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             current = self._current()
-            if current is None or self._node.replica is None:
+            if current is None or self._node.replica is None or self._node.database.page_size != PAGE_SIZE:
                 continue
             try:
                 self._keep_log(current)
                 _, numbering = await self._counted(current)
-                if self._node.leading is not None and numbering.page_count >= GENERATION_PAGES:
+                if self._node.leading is not None and numbering.page_count >= self._generation_pages:
                     async with self._rolling:
                         await self._append(self._limit())
             except (HistoryMismatch, Unavailable, _Refusal) as error:
