@@ -25,7 +25,7 @@ def test_a_follower_down_for_longer_than_the_log_keeps_is_seeded_anew(start_clus
     with cluster.client() as client:
         for _ in range(24):
             client.execute("INSERT INTO w (v) SELECT randomblob(1000000)")
-    eventually(lambda: oldest_kept(cluster, "n1") > txid, "the leader's log goes past n3")
+    eventually(lambda: oldest_kept(cluster, "n1") > txid, "the leader's log goes past n3", timeout_seconds=60)
     cluster.start_node("n3")
     check(cluster, seeded="n3")
 
