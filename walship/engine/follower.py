@@ -40,6 +40,7 @@ _log = logging.getLogger("walship.engine")
 
 _HELD_ACKS_BYTES = 64 << 20  # R13
 _HELD_ACKS_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
 _EVERYTHING = Position(1 << 63, 1 << 63)
 
 
@@ -236,6 +237,19 @@ class Follower:
     def batches(self) -> int:
         """Commits made by applying, each of one or more frames."""
         return self._replayer.batches if self._replayer is not None else 0
+
+    async def until_acknowledged(self) -> None:
+        """Wait until what a restart or a first seed applied is acknowledged: no reader may see it before (R15).
+
+        Both apply all they are given, since a state in the middle would need pages that are not there any more.
+        """
+        marks = self.watermarks
+        while not self._applies_at_once:
+            applied = marks.applied
+            if await marks.wait_acked(applied, _LOOK_SECONDS):
+                return
+            if marks.history.lost(applied):  # then no wait takes any time, and a snapshot is what helps
+                await asyncio.sleep(_LOOK_SECONDS)
 
     async def run_between_batches(self, function: Callable[[], Any]) -> Any:
         """Run `function` in the applying thread, while nothing is applied (to pin a snapshot at an exact position)."""

@@ -281,8 +281,10 @@ class Node:
         """Why no SQL can be served now, or None."""
         if self.role is Role.STOPPING:
             return f"{self.name} is shutting down"
-        if self.service is None:
+        if self.replica is None:
             return f"{self.name} has no database yet; it waits for its first snapshot from the leader"
+        if self.service is None:
+            return f"{self.name} waits to hear from the leader that what it holds is acknowledged"
         return None
 
     # --- leading and following --------------------------------------------------------------------------------
@@ -418,10 +420,12 @@ class Node:
             stack.callback(tasks.create_task(coroutine, name=name).cancel)
 
     async def _open_service(self, stack: contextlib.AsyncExitStack) -> None:
-        """Serve SQL as soon as there is a database."""
+        """Serve SQL as soon as there is a database, and it holds nothing that must not be shown yet."""
         while self.replica is None:
             self._replica_changed.clear()
             await self._replica_changed.wait()
+        if self.follower is not None:
+            await self.follower.until_acknowledged()
         self.service = await stack.enter_async_context(Service(self, Limits.of(self.config)))
 
     async def _retain(self) -> None:
