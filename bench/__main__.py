@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-NAMES = ("writes", "apply", "visible", "snapshot")
+NAMES = ("writes", "transactions", "apply", "visible", "snapshot")
 
 
 def main() -> int:
