@@ -421,9 +421,7 @@ class Node:
 
     async def _open_service(self, stack: contextlib.AsyncExitStack) -> None:
         """Serve SQL as soon as there is a database, and it holds nothing that must not be shown yet."""
-        while self.replica is None:
-            self._replica_changed.clear()
-            await self._replica_changed.wait()
+        await self._until_replica()
         if self.follower is not None:
             await self.follower.until_acknowledged()
         self.service = await stack.enter_async_context(Service(self, Limits.of(self.config)))
@@ -447,25 +445,19 @@ class Node:
 
     async def _scrub(self) -> None:
         """Once after the start: every page against the array that history gave (R8)."""
-        while self.replica is None:
-            self._replica_changed.clear()
-            await self._replica_changed.wait()
-        replica = self.replica
+        replica = await self._until_replica()
 
         def pin() -> tuple[Snapshot, Any]:
             return Snapshot.pin(replica.database), replica.checksums.copy()
 
         try:
-            if self.leading is not None and self.writer is not None:
-                leading = self.leading
-                snapshot, expected = await self.writer.run(
-                    lambda: (leading.pin_snapshot()[1], replica.checksums.copy())
-                )
+            if (leading := self.leading) is not None and self.writer is not None:
+                pinned = self.writer.run(lambda: (leading.pin_snapshot()[1], replica.checksums.copy()))
             elif self.follower is not None:
-                snapshot, expected = await self.follower.run_between_batches(pin)
+                pinned = self.follower.run_between_batches(pin)
             else:
                 return
-            await self._compare(snapshot, expected)
+            await self._compare(*await pinned)
         except (Unavailable, Draining) as error:
             _log.info("scrub was not run reason=%s", error)
 
@@ -513,6 +505,12 @@ class Node:
         self.role = next_role(self.role, event)
         self.since_ms = now_ms()
         _log.info("role=%s event=%s term=%d", self.role, event, self.leader[2])
+
+    async def _until_replica(self) -> Replica:
+        while self.replica is None:
+            self._replica_changed.clear()
+            await self._replica_changed.wait()
+        return self.replica
 
     def _replica(self) -> Replica:
         if self.replica is None:
