@@ -13,12 +13,16 @@ from nodes import (
     ask,
     assert_same_files,
     cluster,
+    crash_image,
     eventually,
+    open_replica,
     outside,
     read,
     scanned,
 )
 
+from walship.engine.durable_state import StateFile
+from walship.engine.seed import SeedFile
 from walship.engine.snapshot import Snapshot, ltx_chunks
 from walship.engine.verify import verify
 from walship.errors import CorruptDatabase, CorruptLtx, HistoryMismatch, Unavailable
@@ -176,6 +180,29 @@ class TestDamage:
         await leader.stop()
         await again.stop()
         assert_same_files(tmp_path / "leader", tmp_path / "follower")
+
+    async def test_a_seed_put_in_place_never_meets_the_wal_of_what_it_replaces(self, tmp_path: Path) -> None:
+        """R9: a crash while the old files move aside may leave the -wal alone; SQLite would apply it to the seed."""
+        async with cluster(tmp_path, setup=SETUP) as (leader, follower):
+            leader.commit(*(f"INSERT INTO t VALUES({number}, 'old')" for number in range(9)))
+            await follower.catch_up(leader)
+            image = crash_image(follower.directory, tmp_path / "image")
+            assert (image / "data.db-wal").stat().st_size > 0
+            leader.commit("UPDATE t SET body = 'new'")
+            header, snapshot = leader.leader.pin_snapshot()
+            seed = SeedFile(image, header)
+            for chunk in ltx_chunks(snapshot, header):
+                seed.write(chunk)
+            snapshot.close()
+            seed.finish()
+            seed.announce(StateFile.open(image))
+            seed.close()
+            (image / "data.db").unlink()
+            _, _, replica = open_replica(image, "b")
+            assert replica is not None
+            assert read(replica.database, "SELECT DISTINCT body FROM t") == [("new",)]
+            assert scanned(replica.database) == replica.checksums.rolling == leader.tip.checksum
+            replica.close()
 
     async def test_a_foreign_write_is_found_before_the_next_apply(self, tmp_path: Path) -> None:
         """engine.md T8: nothing is applied over it; the node asks for a new copy, and gets it."""

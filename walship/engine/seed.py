@@ -180,18 +180,20 @@ def scan_file(path: Path, page_size: int) -> PageChecksums:
 
 
 def _move_aside(directory: Path, database: Path) -> None:
-    """Keep what is replaced: the database file and its -wal move to replaced/N; the -shm is only an index."""
-    if not database.exists():
+    """Keep what is replaced: the database file and its -wal move to replaced/N; the -shm is only an index.
+
+    The file goes last: SQLite would take a -wal that a crash left behind alone for that of the file put there next.
+    """
+    database.with_name(database.name + "-shm").unlink(missing_ok=True)
+    paths = [path for suffix in ("-wal", "") if (path := database.with_name(database.name + suffix)).exists()]
+    if not paths:
         return
     replaced = directory / "replaced"
     replaced.mkdir(exist_ok=True)
     number = 1 + max((int(entry.name) for entry in replaced.iterdir() if entry.name.isdecimal()), default=0)
     aside = replaced / str(number)
     aside.mkdir()
-    for suffix in ("", "-wal"):
-        path = database.with_name(database.name + suffix)
-        if path.exists():
-            path.rename(aside / path.name)
-    database.with_name(database.name + "-shm").unlink(missing_ok=True)
+    for path in paths:
+        path.rename(aside / path.name)
     sync_directory(aside)
     sync_directory(database.parent)

@@ -165,11 +165,11 @@ def _move_aside(path: Path) -> None:
         if aside.exists():
             continue
         try:
-            for suffix in ("", "-wal"):
+            path.with_name(path.name + "-shm").unlink(missing_ok=True)
+            for suffix in ("-wal", ""):  # the file last: a -wal left alone by a crash would be taken for the next one's
                 old = path.with_name(path.name + suffix)
                 if old.exists():
                     old.rename(aside.with_name(aside.name + suffix))
-            path.with_name(path.name + "-shm").unlink(missing_ok=True)
             os.sync()
         except OSError as error:
             raise StorageFailed(f"{path} cannot be moved aside ({error.strerror}); it is kept") from error
