@@ -294,16 +294,17 @@ class SmallNode:
         writer.write(CursorHead(request.id, self.applied).to_bytes())
         chunk = cursor_head(None)
         sent = 0
-        for lines in executor.lines(decode_cursor(request.body).batch):
-            assert isinstance(lines, bytes)
-            chunk += lines
-            if len(chunk) > 64 * 1024:
-                while sent + len(chunk) > CURSOR_WINDOW + self._grants.get(request.id, 0):
-                    self._granted.clear()
-                    await self._granted.wait()
-                writer.write(Chunk(request.id, chunk).to_bytes())
-                sent, chunk = sent + len(chunk), b""
-                await writer.drain()
+        with contextlib.closing(executor.lines(decode_cursor(request.body).batch)) as chunks:
+            for lines in chunks:
+                assert isinstance(lines, bytes)
+                chunk += lines
+                if len(chunk) > 64 * 1024:
+                    while sent + len(chunk) > CURSOR_WINDOW + self._grants.get(request.id, 0):
+                        self._granted.clear()
+                        await self._granted.wait()
+                    writer.write(Chunk(request.id, chunk).to_bytes())
+                    sent, chunk = sent + len(chunk), b""
+                    await writer.drain()
         if chunk:
             writer.write(Chunk(request.id, chunk).to_bytes())
         await self.may_end_cursors.wait()
