@@ -11,6 +11,7 @@ import pytest
 
 from walship.coordination import presence as module
 from walship.coordination.baton_key import BATON_KEY
+from walship.coordination.file_store import HeldLock
 from walship.coordination.presence import PROXIES, TRUST_SECONDS, Presence
 from walship.coordination.store import Store, open_store
 from walship.errors import UsageError
@@ -137,6 +138,16 @@ async def test_one_that_was_killed_is_gone_whatever_its_record_says(hall: Hall, 
         if child.returncode is None:
             child.kill()
             await child.wait()
+
+
+async def test_a_record_that_cannot_be_read_is_some_proxys_all_the_same(hall: Hall, tmp_path: Path) -> None:
+    one = await hall.join()
+    await hall.store.put_if(f"{PROXIES}later", b"of a later version", version=None)
+    with HeldLock(tmp_path / "store" / "proxies" / "later.lock"):
+        await one.look()
+        assert one.others == ("later",)
+    await one.look()
+    assert one.alone
 
 
 async def test_a_name_that_a_live_one_has_gets_a_number(hall: Hall) -> None:

@@ -99,7 +99,8 @@ class Presence:
         """See who else is alive. Raises StoreUnavailable; then what was known runs out by itself."""
         began = self._clock()
         found = await self._store.list(PROXIES)
-        others = {_record(state.value).name for key, state in found.items() if key != BATON_KEY} - {self.name}
+        # The key says who: a record that this version cannot read is some proxy's all the same.
+        others = {key.removeprefix(PROXIES) for key in found if key != BATON_KEY} - {self.name}
         self.others = tuple(await asyncio.to_thread(self._living, others))
         if self.others or self._looked is None or began - self._looked >= TRUST_SECONDS:
             self.doubt += 1
@@ -124,7 +125,10 @@ class Presence:
         self._lock.release()
 
     def _living(self, names: set[str]) -> list[str]:
-        return sorted(name for name in names if holder_alive(_lock_path(self._locks, name)))
+        try:
+            return sorted(name for name in names if holder_alive(_lock_path(self._locks, name)))
+        except OSError as error:
+            raise StoreUnavailable(f"{self._locks} cannot be looked at: {error.strerror}") from error
 
 
 def _hold(locks: Path, name: str) -> tuple[HeldLock, str]:
@@ -161,8 +165,3 @@ async def _write(store: Store, record: ProxyRecord) -> None:
             )
             return
     raise StoreUnavailable(f"the record of proxy {record.name} keeps changing while it is written; start it again")
-
-
-def _record(data: bytes) -> ProxyRecord:
-    """Read a record. One that cannot be read is some proxy's all the same; its name is what matters."""
-    return msgspec.json.decode(data, type=ProxyRecord)
