@@ -224,6 +224,16 @@ async def test_a_setting_that_walship_decides_is_described_as_what_answers_it(
     assert ([col["name"] for col in result["cols"]], result["is_readonly"]) == ([column], True)
 
 
+async def test_describing_a_setting_of_a_connection_does_not_set_it(bench: Bench) -> None:
+    """SQLite sets foreign_keys when it prepares `PRAGMA foreign_keys = ON`; a describe runs nothing (hrana.md 1.2)."""
+    describe = DescribeRequest(sql="PRAGMA foreign_keys = ON")
+    (answer,) = results(await bench.call(describe))
+    assert (answer["type"], answer["response"]["result"]["cols"]) == ("ok", [])
+    begun, _ = await bench.on(0, execute("BEGIN"))
+    _, answers = await bench.on(begun.stream, execute("COMMIT"), describe, execute("PRAGMA foreign_keys"))
+    assert rows_of(answers[2]) == [[0]]
+
+
 async def test_values_that_json_cannot_carry_fail_their_statement(bench: Bench) -> None:
     assert code_of(await bench.run("SELECT 9e999")) == "RESULT_NOT_JSON"
     assert code_of(await bench.run("SELECT CAST(x'ff' AS TEXT)")) == "RESULT_NOT_JSON"

@@ -395,8 +395,8 @@ class Executor:
             raise _not_run(verdict)
         if verdict.kind is Kind.PRAGMA:
             sql = _pragma_answer(verdict)  # what it stands for; PyPI libsql describes everything before it runs it
-        elif verdict.kind in _TRANSACTION_WORDS:
-            sql = _begin_text(verdict, sql)
+        elif verdict.ruling is not None and verdict.ruling.action is Action.STREAM:
+            return _describe_setting(sql)
         names = parameters(sql)
         self._describing = True
         try:
@@ -496,6 +496,25 @@ def _pragma_answer(verdict: Verdict) -> str:
         return ruling.query
     value = ruling.value if isinstance(ruling.value, int) else f"'{ruling.value}'"
     return f"SELECT {value} AS {ruling.column}"
+
+
+def _describe_setting(sql: str) -> bytes:
+    """Describe a PRAGMA of a connection on one of its own: SQLite sets such a setting already when it prepares it."""
+    with contextlib.closing(apsw.Connection(":memory:")) as apart:
+        cursor = apart.cursor()
+        found: list[tuple[tuple[tuple[str, str | None], ...], bool]] = []
+
+        def look(prepared: apsw.Cursor, _sql: str, _bindings: object) -> bool:
+            found.append((prepared.get_description(), prepared.is_readonly))
+            return True  # it may run, here
+
+        cursor.exec_trace = look
+        try:
+            cursor.execute(sql)
+        except apsw.Error as error:
+            raise statement_error(error, prepared=bool(found)) from error
+        description, readonly = found[0]
+        return hrana.encode_describe((), description, is_explain=False, is_readonly=readonly)
 
 
 def drive(program: Program) -> bytes:
