@@ -383,6 +383,18 @@ async def test_migration_batch_with_foreign_keys_off_is_one_connection(bench: Be
     assert await bench.rows("SELECT count(*) FROM c") == [[1]]
 
 
+async def test_an_insert_that_adds_nothing_answers_no_rowid_of_another_stream(bench: Bench) -> None:
+    """R21: on a shared connection SQLite still knows the rowid that some other client's row got."""
+    await bench.run("CREATE TABLE t (id INTEGER PRIMARY KEY, u UNIQUE)")
+    await bench.run("INSERT INTO t VALUES (777, 'a')")
+    ignored = await bench.run("INSERT OR IGNORE INTO t VALUES (5, 'a')")
+    assert ignored["response"]["result"]["last_insert_rowid"] == "0"
+    _, answers = await bench.on(
+        0, execute("INSERT INTO t VALUES (9, 'b')"), execute("INSERT OR IGNORE INTO t VALUES (6, 'a')")
+    )
+    assert answers[1]["response"]["result"]["last_insert_rowid"] == "9"
+
+
 async def test_counters_are_those_of_the_stream(bench: Bench) -> None:
     """R21: changes(), total_changes(), last_insert_rowid() though all streams share the writer's connection."""
     await bench.run("CREATE TABLE t (id INTEGER PRIMARY KEY, a)")

@@ -302,7 +302,7 @@ class Executor:
         bindings: tuple[object, ...] = ()
         if names or stmt.args or stmt.named_args:
             bindings = hrana.bind_arguments(stmt, names, explain=verdict.verb == "EXPLAIN")
-        if verdict.session_functions:
+        if verdict.session_functions or verdict.is_insert:  # an INSERT may add no row, and answers what was before it
             self.connection.set_last_insert_rowid(self.counters.last_insert_rowid)
         self._run(sql, bindings)
         if self.readonly_transaction and self.connection.get_autocommit():
