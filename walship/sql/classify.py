@@ -91,7 +91,7 @@ _NUMBER = rf"[0-9] [{_ID}.]*+"
 
 _TOKEN: Final = re.compile(
     rf"""
-      (?P<blank> {_BLANK} )
+      (?P<blank> (?: {_BLANK} )++ )
     | (?P<word> {_WORD} )
     | (?P<string> {_STRING} )
     | (?P<name> {_NAME} )
