@@ -78,6 +78,24 @@ def test_row_entries_are_one_json_object_a_line(rows: list[tuple[Any, ...]]) -> 
     ]
 
 
+def test_no_character_of_a_cursor_entry_ends_a_line_for_any_client() -> None:
+    """`turso-serverless` cuts the reply with str.splitlines(), which knows more line ends than JSON escapes."""
+    text = "a\x85b\u2028c\u2029d\n\x1c"
+    error = ErrorBody(text, "SQLITE_UNKNOWN")
+    entries = [
+        codec.row_entries([(text, 1), (2, text)]),
+        codec.step_begin(0, codec.encode_columns([(text, text)])),
+        codec.step_error(0, error),
+        codec.cursor_error(error),
+    ]
+    rows, begin, step_error, cursor_error = [
+        [json.loads(line) for line in entry.decode().splitlines()] for entry in entries
+    ]
+    assert [row["row"][index]["value"] for index, row in enumerate(rows)] == [text, text]
+    assert begin[0]["cols"] == [{"name": text, "decltype": text}]
+    assert [step_error[0]["error"]["message"], cursor_error[0]["error"]["message"]] == [text, text]
+
+
 @given(tables())
 def test_every_value_survives_the_way_to_a_client_and_back(rows: list[tuple[Any, ...]]) -> None:
     decoder = codec._PIPELINE  # the real request decoder

@@ -458,6 +458,21 @@ def pipeline_reply(baton: str | None, results: Sequence[bytes]) -> bytes:
 
 # --- cursors: one JSON object a line ----------------------------------------------------------------------------
 
+# `turso-serverless` cuts the reply with str.splitlines(), for which these end a line too. JSON escapes the others.
+_LINE_ENDS: Final = ("\x85", "\u2028", "\u2029")
+
+
+def _one_line(text: str) -> str:
+    """`text` with the characters escaped that some clients take for the end of a line."""
+    for end in _LINE_ENDS:
+        if end in text:
+            text = text.replace(end, f"\\u{ord(end):04x}")
+    return text
+
+
+def _one_line_of(encoded: bytes) -> bytes:
+    return encoded if encoded.isascii() else _one_line(encoded.decode()).encode()
+
 
 def cursor_head(baton: str | None) -> bytes:
     """The first line of a cursor reply. With no baton it begins with the bytes `{"baton":null`."""
@@ -466,7 +481,7 @@ def cursor_head(baton: str | None) -> bytes:
 
 def step_begin(step: int, columns: bytes) -> bytes:
     """A step starts; `columns` as `encode_columns` made them."""
-    return b'{"type":"step_begin","step":%d,"cols":%b}\n' % (step, columns)
+    return b'{"type":"step_begin","step":%d,"cols":%b}\n' % (step, _one_line_of(columns))
 
 
 def row_entry(row: Row) -> bytes:
@@ -478,7 +493,7 @@ def row_entries(rows: Sequence[Row]) -> bytes:
     """Lines for many rows of one step, as cheap as `encode_rows`. Raises StatementFailed RESULT_NOT_JSON."""
     if not rows:
         return b""
-    lines = '}\n{"type":"row","row":'.join(_row_texts(rows))
+    lines = _one_line('}\n{"type":"row","row":'.join(_row_texts(rows)))
     return _encoded(f'{{"type":"row","row":{lines}}}\n')
 
 
@@ -492,9 +507,9 @@ def step_end(affected_row_count: int, last_insert_rowid: int | None, *, rust: bo
 
 def step_error(step: int, error: ErrorBody) -> bytes:
     """A step failed, maybe after some of its rows."""
-    return b'{"type":"step_error","step":%d,"error":%b}\n' % (step, error_object(error))
+    return b'{"type":"step_error","step":%d,"error":%b}\n' % (step, _one_line_of(error_object(error)))
 
 
 def cursor_error(error: ErrorBody) -> bytes:
     """The cursor as a whole failed; nothing follows."""
-    return b'{"type":"error","error":%b}\n' % error_object(error)
+    return b'{"type":"error","error":%b}\n' % _one_line_of(error_object(error))
