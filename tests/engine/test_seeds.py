@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,31 @@ class TestDamage:
         await leader.stop()
         await again.stop()
         assert_same_files(tmp_path / "leader", tmp_path / "follower")
+
+    async def test_a_seed_that_cannot_be_installed_now_leaves_nothing_open(self, tmp_path: Path) -> None:
+        """R9, R25: somebody holds WRITE for seconds; each try once left a descriptor behind."""
+
+        def open_seeds() -> int:
+            files = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+            return sum("seed.db" in str(Path(file).resolve()) for file in files)
+
+        async with cluster(tmp_path, setup=SETUP) as (leader, follower):
+            leader.commit("INSERT INTO t VALUES (1, 'x')")
+            follower.database.holder.set_busy_timeout(10)
+            follower.follower.replace("for the test")
+            with outside() as other:
+                ask(other, "open", str(follower.directory / "data.db"))
+                ask(other, "run", "BEGIN IMMEDIATE")
+                for _ in range(2):
+                    with pytest.raises(Unavailable):
+                        await follower.seed(leader.leader.pin_snapshot)
+                assert open_seeds() == 0
+                assert follower.state.state.installing is None
+                ask(other, "run", "ROLLBACK")
+                ask(other, "close")
+            await follower.seed(leader.leader.pin_snapshot)
+            assert read(follower.database, "SELECT id FROM t") == [(1,)]
+            assert follower.failures == []
 
     async def test_a_seed_put_in_place_never_meets_the_wal_of_what_it_replaces(self, tmp_path: Path) -> None:
         """R9: a crash while the old files move aside may leave the -wal alone; SQLite would apply it to the seed."""

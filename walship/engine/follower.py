@@ -291,7 +291,11 @@ class Follower:
             if self._intake is not None:
                 await self._intake.stop()
             await self._revive(replica)
-            await self.run_between_batches(lambda: self._install_live(seed, replica))
+            try:
+                await self.run_between_batches(lambda: self._install_live(seed, replica))
+            except BaseException:
+                seed.close()  # the file stays: if the install was announced, the next start needs it
+                raise
             await asyncio.to_thread(seed.abort)
             await asyncio.to_thread(self._replayer_or_fail().stop)
         self._needs_seed = False
