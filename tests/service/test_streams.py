@@ -323,18 +323,17 @@ async def test_idle_transaction_expires_and_says_so(tmp_path: Path) -> None:
 
 
 async def test_state_of_a_connection_idles_longer_than_a_transaction_unless_connections_run_out(tmp_path: Path) -> None:
-    """A program sets foreign_keys when it starts, and may think for longer than 10 s afterwards."""
     now = [0.0]
     async with leading(tmp_path / "n", Limits(connections=2), clock=lambda: now[0]) as bench:
-        held = [(await bench.on(0, execute("PRAGMA foreign_keys = ON")))[0].stream]
+        held = [(await bench.on(0, execute("CREATE TEMP TABLE mine (a)")))[0].stream]
         now[0] += 1
-        held.append((await bench.on(0, execute("PRAGMA foreign_keys = ON")))[0].stream)
+        held.append((await bench.on(0, execute("CREATE TEMP TABLE mine (a)")))[0].stream)
         with pytest.raises(Overloaded):
             await bench.on(0, execute("BEGIN"))  # both were used a moment ago
         now[0] += 11
         await bench.service.sweep()
-        _, answers = await bench.on(held[0], execute("PRAGMA foreign_keys"))
-        assert rows_of(answers[0]) == [[1]]
+        _, answers = await bench.on(held[0], execute("SELECT count(*) FROM mine"))
+        assert rows_of(answers[0]) == [[0]]
         assert (await bench.on(0, execute("BEGIN")))[0].stream
         with pytest.raises(StatementFailed) as caught:
             await bench.on(held[1], execute("SELECT 1"))
@@ -353,6 +352,42 @@ async def test_pragma_and_temp_stay_on_their_stream(bench: Bench) -> None:
     await bench.on(reply.stream, CLOSE)
     assert bench.service.status().connections == 0
     assert await bench.rows("PRAGMA foreign_keys") == [[0]]
+
+
+async def test_settings_hold_no_connection_between_requests_and_are_in_force_in_each(tmp_path: Path) -> None:
+    """A hundred clients that set foreign_keys when they start must not use up the connections for good."""
+    async with leading(tmp_path / "n", Limits(connections=2)) as bench:
+        await bench.run("CREATE TABLE p (id INTEGER PRIMARY KEY)")
+        await bench.run("CREATE TABLE c (p REFERENCES p)")
+        both = execute("PRAGMA foreign_keys = ON"), execute("PRAGMA recursive_triggers = ON")
+        streams = [(await bench.on(0, *both))[0].stream for _ in range(5)]
+        assert (len(set(streams)), bench.service.status().connections) == (5, 0)
+        for stream in streams:
+            reply, answers = await bench.on(stream, execute("INSERT INTO c VALUES (404)"))
+            assert (reply.stream, code_of(answers[0])) == (stream, "SQLITE_CONSTRAINT")
+        _, answers = await bench.on(streams[0], execute("PRAGMA foreign_keys"), execute("PRAGMA recursive_triggers"))
+        assert [rows_of(answer) for answer in answers] == [[[1]], [[1]]]
+        assert await bench.rows("PRAGMA foreign_keys") == [[0]]
+
+
+async def test_foreign_keys_set_inside_a_transaction_stay_ignored_after_it(bench: Bench) -> None:
+    """As in SQLite, where the PRAGMA is a no-op there."""
+    begun, _ = await bench.on(0, execute("PRAGMA recursive_triggers = ON"), execute("BEGIN"))
+    await bench.on(begun.stream, execute("PRAGMA foreign_keys = ON"), execute("COMMIT"))
+    _, answers = await bench.on(begun.stream, execute("PRAGMA foreign_keys"), execute("PRAGMA recursive_triggers"))
+    assert [rows_of(answer) for answer in answers] == [[[0]], [[1]]]
+
+
+async def test_settings_that_were_forgotten_are_reported(tmp_path: Path) -> None:
+    """R21: not silently reset."""
+    now = [0.0]
+    async with leading(tmp_path / "n", Limits(), clock=lambda: now[0]) as bench:
+        reply, _ = await bench.on(0, execute("PRAGMA foreign_keys = ON"))
+        now[0] += 601
+        await bench.service.sweep()
+        with pytest.raises(StatementFailed) as caught:
+            await bench.on(reply.stream, execute("SELECT 1"))
+        assert caught.value.statement_code == "STREAM_EXPIRED"
 
 
 async def test_reused_connections_carry_nothing_over(tmp_path: Path) -> None:

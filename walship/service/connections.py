@@ -150,6 +150,7 @@ def _tidy(lane: Lane, shelf: list[Lane] | None, first: Callable[[], None] | None
                 lane.connection.execute("ROLLBACK")
             lane.executor.may_write = lane.revoked = False
             lane.executor.start(Counters())
+            lane.executor.settings = {}
             shelf.append(lane)
             return
     except apsw.Error:

@@ -45,7 +45,7 @@ from walship.service.limits import Limits
 from walship.service.parameters import parameters
 from walship.sql.classify import EMPTY_VERDICT, Kind, Verdict, classify, split
 from walship.sql.guard import blocked
-from walship.sql.pragmas import Action
+from walship.sql.pragmas import Action, repeatable
 
 __all__ = ["Counters", "Executor", "Lines", "Need", "Program", "drive", "statement_error"]
 
@@ -94,6 +94,7 @@ class Executor:
             apsw.TooBigError) instead of failing one statement.
         text: the SQL text run last, for whoever must remember it as slow.
         counters: the values of the stream being served; replaced by whoever changes streams.
+        settings: the PRAGMAs it has set here that can be said again elsewhere, by name; replaced likewise.
         readonly_transaction: the open transaction was begun READONLY.
     """
 
@@ -103,6 +104,7 @@ class Executor:
         self.virtual = False
         self.budgeted = False
         self.counters = Counters()
+        self.settings: dict[str, str] = {}
         self._limits = limits
         self._cursor = connection.cursor()
         self._cursor.exec_trace = self._before_step
@@ -305,8 +307,15 @@ class Executor:
         if verdict.session_functions or verdict.is_insert:  # an INSERT may add no row, and answers what was before it
             self.connection.set_last_insert_rowid(self.counters.last_insert_rowid)
         self._run(sql, bindings)
+        if verdict.kind is Kind.CONNECTION_STATE and verdict.pragma is not None and repeatable(verdict.pragma):
+            self._remember_setting(verdict.pragma.name, sql)
         if self.readonly_transaction and self.connection.get_autocommit():
             self.readonly_transaction = False
+
+    def _remember_setting(self, name: str, sql: str) -> None:
+        # Inside a transaction SQLite ignores this one, so it must not come into force later.
+        if name != "foreign_keys" or self.connection.get_autocommit():
+            self.settings[name] = sql
 
     def _run(self, sql: str, bindings: tuple[object, ...]) -> None:
         self.text, self._started = sql, False

@@ -36,6 +36,7 @@ from walship.hrana.types import (
 )
 from walship.service.limits import Limits
 from walship.sql.classify import Kind, Verdict, classify, split
+from walship.sql.pragmas import repeatable
 
 __all__ = ["Item", "Needs", "look", "resolve"]
 
@@ -51,6 +52,7 @@ class Needs:
 
     writes: it has a statement that probably writes, or asks for the write lock.
     own_connection: it changes or needs state of one connection (PRAGMA, TEMP objects).
+    lasting: that state cannot be made again on another connection (TEMP objects).
     begins: it opens a transaction of its own.
     words: it has transaction words at all.
     certain: whatever happens, no transaction is open when it has run.
@@ -59,6 +61,7 @@ class Needs:
 
     writes: bool = False
     own_connection: bool = False
+    lasting: bool = False
     begins: bool = False
     words: bool = False
     certain: bool = True
@@ -193,7 +196,8 @@ def _with_verdict(needs: Needs, verdict: Verdict, begins: list[Kind]) -> Needs:
         return replace(needs, words=True, writes=True)
     if kind is Kind.CONNECTION_STATE:
         if not verdict.session_functions or verdict.verb == "CREATE":
-            return replace(needs, own_connection=True)
+            lasting = needs.lasting or verdict.pragma is None or not repeatable(verdict.pragma)
+            return replace(needs, own_connection=True, lasting=lasting)
         # changes() and its like are answered from the stream's own values, wherever the statement runs.
         return needs if verdict.verb in ("SELECT", "VALUES") else replace(needs, writes=True)
     return replace(needs, writes=True)

@@ -346,7 +346,7 @@ class Service:
                 await self._streams.close(session)
             raise
         session.calls += 1
-        session.dirty = session.dirty or needs.own_connection
+        session.dirty = session.dirty or needs.lasting
 
     async def _position_of(self, call: Call, committed: Position | None) -> Position:
         if committed is not None and call.ack is not None:
@@ -365,7 +365,7 @@ class Service:
             return Reply(results, position, 0, True)
         if autocommit and not session.dirty:
             await session.abandon()
-            if not call.keep:
+            if not (call.keep or session.settings):
                 await self._streams.close(session)
                 return Reply(results, position, 0, True)
         session.used_at = self._clock()
@@ -564,7 +564,7 @@ class Service:
 
 def _has_state(session: Session | None) -> bool:
     """Does the stream own something here, or did it, so that its client must be told?"""
-    return session is not None and (session.pinned or session.expired)
+    return session is not None and session.has_state
 
 
 async def _once(chunk: bytes) -> AsyncIterator[bytes]:

@@ -76,6 +76,7 @@ class Session:
     spawn: Callable[[Coroutine[None, None, None]], None]
     texts: dict[int, str] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    settings: dict[str, str] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     lane: Lane | None = None
     turn: Turn | None = None
@@ -96,6 +97,11 @@ class Session:
         return self.lane is not None
 
     @property
+    def has_state(self) -> bool:
+        """Would its client lose something with it, or has it, and must be told?"""
+        return self.pinned or self.expired or bool(self.settings)
+
+    @property
     def needs_snapshot(self) -> bool:
         """Will the next read take a new snapshot? Then the call's floor can be asked for."""
         return self.state in (State.AUTOCOMMIT, State.DEFERRED)
@@ -103,8 +109,16 @@ class Session:
     async def own(self, *, writer: bool) -> None:
         """Give the stream a connection, unless it has one. Raises Overloaded."""
         if self.lane is None:
-            self.lane = await self.connections.take(writer=writer)
-            self.lane.executor.start(self.counters)
+            lane = await self.connections.take(writer=writer)
+            try:
+                if self.settings:
+                    await self.connections.run(lane, lambda: _repeat(lane, tuple(self.settings.values())))
+            except BaseException:
+                self.connections.give_back(lane, clean=False)
+                raise
+            lane.executor.start(self.counters)
+            lane.executor.settings = self.settings
+            self.lane = lane
 
     def begin_call(self, *, read_only: bool) -> None:
         """A call starts: a fresh response budget. Raises TransactionTimeout when the turn was lost since the last."""
@@ -175,7 +189,7 @@ class Session:
             self.state = State.AUTOCOMMIT
             if lane is not None:
                 lane.executor.may_write = False
-                self.connections.give_back(lane, clean=not self.dirty, first=stop)
+                self.connections.give_back(lane, clean=not (self.dirty or self.settings), first=stop)
             self.dirty = False
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -261,6 +275,11 @@ def _advance(program: Program) -> Need | bytes:
     except StopIteration as end:
         answer: bytes = end.value
         return answer
+
+
+def _repeat(lane: Lane, settings: tuple[str, ...]) -> None:
+    for sql in settings:
+        lane.connection.execute(sql)
 
 
 def _observe(lane: Lane, *, holds_turn: bool) -> State:

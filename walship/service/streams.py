@@ -153,7 +153,7 @@ class Streams:
         for session in list(self):
             if session.lock.locked() or now - session.used_at < self._idle_seconds(session):
                 continue
-            if session.pinned or session.expired:
+            if session.has_state:
                 await self._expire(session)
             else:
                 await self._close_quietly(session)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-__all__ = ["Action", "Policy", "PragmaCall", "Ruling", "rule"]
+__all__ = ["Action", "Policy", "PragmaCall", "Ruling", "repeatable", "rule"]
 
 
 class Action(StrEnum):
@@ -26,7 +26,8 @@ class Action(StrEnum):
     WRITE = "write"
     """Changes the database: runs as a write on the leader."""
     STREAM = "stream"
-    """Changes or depends on one connection: the stream owns one on the leader from then on."""
+    """Changes or depends on one connection: the stream's statements run on the leader from then on, on a connection
+    that has its settings."""
     ANSWER = "answer"
     """Changes nothing; the answer is the value in force, fixed or read by `Ruling.query`."""
     WALSHIP = "walship"
@@ -181,6 +182,18 @@ POLICIES: Final[dict[str, Policy]] = {
     "walship_status": Policy(Action.WALSHIP, Action.WALSHIP),
     "walship_wait_for": Policy(Action.WALSHIP, Action.WALSHIP),
 }
+
+
+def repeatable(call: PragmaCall) -> bool:
+    """Can this setting of a connection be said again on another one, to the same effect? Not where the value means
+    something only there (data_version), nor where the next COMMIT ends it (defer_foreign_keys)."""
+    policy = POLICIES.get(call.name)
+    return (
+        policy is not None
+        and policy.set is Action.STREAM
+        and call.argument is not None
+        and call.name not in ("data_version", "defer_foreign_keys")
+    )
 
 
 def rule(call: PragmaCall) -> Ruling:
