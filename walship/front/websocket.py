@@ -5,8 +5,9 @@ that reads and one for each stream that has work, all in one task group:
 
     read ──> Connection (pure) ──> jobs ──> one lane per stream, in order ──> its ClientStream ──> send
 
-Everything is bounded. A lane with `LANE_JOBS` jobs, or too many bytes of jobs, stops the reading, and the kernel's
-window then stops the client. A client that does not take its answers gets no new ones begun, and is cut off after
+Everything is bounded. A lane with `LANE_JOBS` jobs, or too many jobs or bytes of them, stops the reading, and the
+kernel's window then stops the client. No connection runs more than `RUNNING` jobs at once, so that a few of them cannot
+take all there is to take. A client that does not take its answers gets no new ones begun, and is cut off after
 `STALL_SECONDS`. When a client goes away, what runs is run to its end (nothing that writes is cancelled), what is
 queued is dropped, and every stream is closed, which rolls back what was open.
 
@@ -48,6 +49,11 @@ DRAIN: Final = "walship.drain"
 PATH: Final = "/"
 STOPPING: Final = "The server is stopping; connect again"
 LANE_JOBS: Final = 8  # as sqld (hrana.md 1.6)
+RUNNING: Final = 64  # jobs at once on one connection; a transaction that is open always goes on
+SHARED_JOBS: Final = 16_384  # of all connections; beyond it each has SHARE_JOBS, the same for bytes
+SHARE_JOBS: Final = 16
+SHARED_BYTES: Final = 256 << 20
+SHARE_BYTES: Final = 64 << 10
 FETCH_BYTES: Final = 1_250_000  # of entries in one answer; the next fetch gets the next (sqld: an eighth of 10 MB)
 BUFFER_BYTES: Final = 30 << 20  # rows kept of a cursor that another request of its stream overtakes
 UNSENT_BYTES: Final = 16 << 20  # answers waiting for the client, beyond which no job is begun
@@ -111,7 +117,7 @@ class Door:
         self.queued_bytes = queued_bytes
         self.drain_seconds = drain_seconds * DRAIN_SHARE
         self.max_connections = max_connections
-        self.connections = 0
+        self.connections = self.jobs = self.job_bytes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
@@ -164,7 +170,8 @@ class _Connection:
         self._closing: set[_Lane] = set()  # their ids are free again, their last jobs are not done
         self._sending = asyncio.Lock()
         self._progress = asyncio.Event()  # a job ended, or an answer is out
-        self._queued_bytes = self._unsent_bytes = 0
+        self._jobs = self._job_bytes = self._unsent_bytes = 0
+        self._slots = asyncio.Semaphore(RUNNING)
         self._over = False  # nothing can be sent any more
         self._group: asyncio.TaskGroup
         self._reading: asyncio.Task[None]
@@ -182,6 +189,7 @@ class _Connection:
             # The server's time is over. Its task ends here, and it would log the cancellation as a fault of ours.
             await self._hang_up(CloseCode.RESTART, STOPPING)
         finally:
+            self._count(-self._jobs, -self._job_bytes)
             for lane in [*self._lanes.values(), *self._closing]:
                 await _end(lane)
 
@@ -248,12 +256,26 @@ class _Connection:
         if isinstance(job, core.EndStream):
             self._closing.add(self._lanes.pop(job.stream_id))
         lane.jobs.append((job, size))
-        self._queued_bytes += size
+        self._count(1, size)
         if not lane.running:
             lane.running = True
             self._group.create_task(self._work(lane), name=f"websocket stream {job.stream_id}")
-        while (len(lane.jobs) > LANE_JOBS or self._queued_bytes > self._door.queued_bytes) and not self._over:
+        while (len(lane.jobs) > LANE_JOBS or self._has_too_much()) and not self._over:
             await self._wait()
+
+    def _count(self, jobs: int, size: int) -> None:
+        self._jobs += jobs
+        self._job_bytes += size
+        self._door.jobs += jobs
+        self._door.job_bytes += size
+
+    def _has_too_much(self) -> bool:
+        door = self._door
+        return (
+            self._job_bytes > door.queued_bytes
+            or (self._jobs > SHARE_JOBS and door.jobs > SHARED_JOBS)
+            or (self._job_bytes > SHARE_BYTES and door.job_bytes > SHARED_BYTES)
+        )
 
     async def _wait(self) -> None:
         self._progress.clear()
@@ -264,19 +286,33 @@ class _Connection:
     async def _work(self, lane: _Lane) -> None:
         """Run the jobs of a lane until it has none."""
         while lane.jobs and not self._over:
-            while self._unsent_bytes > UNSENT_BYTES and not self._over:
-                await self._wait()
-            job, size = lane.jobs.popleft()
-            last = lane.jobs[0][0] if lane.jobs else None
+            free = lane.stream.in_transaction  # others may wait for just its end
+            if not free:
+                await self._slots.acquire()
+            try:
+                while self._unsent_bytes > UNSENT_BYTES and not self._over:
+                    await self._wait()
+                if not self._over:
+                    await self._work_one(lane)
+            finally:
+                if not free:
+                    self._slots.release()
+                self._progress.set()
+        lane.running = False
+        self._progress.set()
+
+    async def _work_one(self, lane: _Lane) -> None:
+        job, size = lane.jobs.popleft()
+        last = lane.jobs[0][0] if lane.jobs else None
+        try:
             if isinstance(job, core.Run) and isinstance(last, core.EndStream):
-                # The way most clients send one statement: told of the end at once, its node need not keep the stream.
-                size += lane.jobs.popleft()[1]
+                # As most clients send one statement: told of the end at once, its node need not keep the stream.
+                self._count(-1, -lane.jobs.popleft()[1])
                 await self._run(lane, job, last)
             else:
                 await self._perform(lane, job)
-            self._queued_bytes -= size
-            self._progress.set()
-        lane.running = False
+        finally:
+            self._count(-1, -size)
 
     async def _perform(self, lane: _Lane, job: core.Job) -> None:
         if isinstance(job, core.Run):
