@@ -17,10 +17,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import msgspec
 import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.backends import Backends
@@ -29,7 +25,7 @@ from proxy.dispatch import Dispatcher
 from proxy.dump import dump
 from proxy.embedded import EmbeddedProxy
 from proxy.freshness import Freshness, Neighbours
-from proxy.front import CORS, Front, respond_unauthorized
+from proxy.front import Front
 from proxy.plan import Known
 from proxy.status import cluster_status, refresh_gauges
 from proxy.streams import StreamLimits, Streams
@@ -39,29 +35,23 @@ from walship.config import ProxyConfig, open_gate
 from walship.coordination.baton_key import baton_key
 from walship.coordination.presence import Presence
 from walship.coordination.store import Store, open_store
-from walship.errors import AuthFailed, UsageError
+from walship.errors import AuthFailed
+from walship.front.answer import send_failure, send_preflight
 from walship.front.body import Bodies
 from walship.front.dump import DUMP_PATH
+from walship.front.listen import BACKLOG, Address, listen
+from walship.front.pages import plain_pages
 from walship.front.protocol import Bounds
 from walship.front.websocket import Door
 from walship.front.websocket_protocol import websocket_options
-from walship.hrana.http import ENDPOINTS, PROBES
-from walship.metrics import CONTENT_TYPE, ProxyMetrics
+from walship.hrana.http import ENDPOINTS, failure
+from walship.metrics import ProxyMetrics
 
-__all__ = ["Proxy", "background", "listen", "main", "run", "serve"]
+__all__ = ["Proxy", "background", "main", "run", "serve"]
 
 log = logging.getLogger("walship.proxy")
 
 SWEEP_SECONDS = 1.0
-BACKLOG = 2048
-
-_PREFLIGHT = [
-    *CORS,
-    (b"access-control-allow-methods", b"*"),
-    (b"access-control-allow-headers", b"*"),
-    (b"access-control-max-age", b"86400"),
-    (b"content-length", b"0"),
-]
 
 
 class Proxy:
@@ -79,13 +69,13 @@ class Proxy:
     ) -> None:
         rng = rng or random.Random()
         self.config, self.url, self.name = config, "", config.name
-        self.metrics = ProxyMetrics()
+        self.numbers = ProxyMetrics()
         self.floors = Floors()
         limits = stream_limits or StreamLimits.of(config.stream_idle_seconds)
         self.streams = Streams(baton_key, rng, limits, Settings(level=config.consistency))
         self._clock = asyncio.get_running_loop().time
         self.backends = Backends(store, self.floors, rng=rng, clock=self._clock, on_lost=self.streams.drop_connection)
-        self.freshness = Freshness(self.backends, self.floors, self.metrics, neighbours)
+        self.freshness = Freshness(self.backends, self.floors, self.numbers, neighbours)
         self.dispatcher = Dispatcher(
             self.backends,
             self.floors,
@@ -93,12 +83,12 @@ class Proxy:
             rng=rng,
             wait_seconds=config.wait_seconds,
             deadline_seconds=config.deadline_seconds,
-            metrics=self.metrics,
+            metrics=self.numbers,
         )
         self.front = Front(
             streams=self.streams,
             dispatcher=self.dispatcher,
-            metrics=self.metrics,
+            metrics=self.numbers,
             known=self._known,
             bodies=Bodies(config.body_max_bytes),
         )
@@ -111,20 +101,10 @@ class Proxy:
             drain_seconds=config.drain_seconds,
         )
         self.on_drain: Callable[[], None] = lambda: None
-        self._others: ASGIApp = Starlette(
-            routes=[
-                Route("/health", self._health),
-                Route("/version", self._version),
-                Route("/status", self._status),
-                Route("/metrics", self._metrics),
-                *[Route(path, _probe(text)) for path, text in PROBES.items()],
-                *self.embedded.routes(),
-            ],
-            exception_handlers={404: _not_found},
-        )
+        self._pages: ASGIApp = plain_pages(self, self.embedded.routes())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application: Hrana first, everything else by starlette."""
+        """The ASGI application: Hrana first, then the pages around it."""
         if scope["type"] == "websocket":  # its token comes with its first message
             await self.door(scope, receive, send)
             return
@@ -132,7 +112,7 @@ class Proxy:
             try:
                 scope["walship.grant"] = self.gate.admit(scope["method"], scope["path"], scope["headers"])
             except AuthFailed as error:
-                await respond_unauthorized(send, error)
+                await send_failure(send, failure(error))
                 return
             if scope["method"] == "POST" and scope["path"] in ENDPOINTS:
                 await self.front(scope, receive, send)
@@ -141,10 +121,9 @@ class Proxy:
                 await dump(self.front, self.streams, self.dispatcher, scope, receive, send)
                 return
             if scope["method"] == "OPTIONS":
-                await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT})
-                await send({"type": "http.response.body", "body": b""})
+                await send_preflight(send)
                 return
-        await self._others(scope, receive, send)
+        await self._pages(scope, receive, send)
 
     async def run(self) -> None:
         """Links and sweeper; ends only by cancellation."""
@@ -201,23 +180,16 @@ class Proxy:
             most_acks=None if cluster is None else len(cluster.voters) - 1,
         )
 
-    @property
-    def serving(self) -> bool:
-        """True while a read could be answered: some node is there, and we are not on our way out."""
-        return not self.front.draining and any(backend.usable for backend in self.backends)
+    def unhealthy(self) -> str | None:
+        """Why no read could be answered now, or None."""
+        if self.front.draining:
+            return f"{self.name} is shutting down"
+        return None if any(backend.usable for backend in self.backends) else f"{self.name} reaches no node"
 
-    async def _health(self, request: Request) -> Response:
-        return Response(status_code=200 if self.serving else 503)
-
-    async def _version(self, request: Request) -> Response:
-        return PlainTextResponse(f"walship {__version__}")
-
-    async def _status(self, request: Request) -> Response:
-        return JSONResponse(self.status(), headers={"access-control-allow-origin": "*"})
-
-    async def _metrics(self, request: Request) -> Response:
-        refresh_gauges(self.metrics, self.backends, self.streams, self._clock())
-        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+    def metrics(self) -> bytes:
+        """The body of `/metrics`."""
+        refresh_gauges(self.numbers, self.backends, self.streams, self._clock())
+        return self.numbers.render()
 
 
 async def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
@@ -244,7 +216,7 @@ async def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = N
 @contextlib.asynccontextmanager
 async def _presence(config: ProxyConfig, store: Store, listener: socket.socket) -> AsyncIterator[Presence]:
     """This proxy among the others, for the time of the block; begins when it may acknowledge writes (R18)."""
-    url = config.advertise or url_of(listener)
+    url = config.advertise or Address.of(listener).url
     presence = await Presence.join(store, config.cluster_url, config.name, url)
     async with asyncio.TaskGroup() as tasks:
         looking = tasks.create_task(presence.run(), name="look for other proxies")
@@ -285,7 +257,7 @@ class _Server(uvicorn.Server):
 
 async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str], None] | None = None) -> None:
     """Answer requests until `proxy.drain` is called, by a signal or otherwise; returns when what ran is done."""
-    proxy.url = url_of(listener)
+    proxy.url = Address.of(listener).url
     bounds = Bounds()
     config = uvicorn.Config(
         proxy,
@@ -321,36 +293,3 @@ async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str],
         with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):
             for number in handled:
                 loop.remove_signal_handler(number)
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one. Raises UsageError when the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Nothing was started; "
-            "stop whoever has the port, or choose another by --listen"
-        ) from error
-    return listener
-
-
-def _probe(text: str) -> Callable[[Request], Response]:
-    def answer(request: Request) -> Response:
-        return PlainTextResponse(text)
-
-    return answer
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    return Response(status_code=404)

@@ -8,12 +8,13 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from proxy.dispatch import CursorAnswer, Dispatcher
-from proxy.front import Front, freshness_headers, respond_failure, served
+from proxy.front import Front, freshness_headers, served
 from proxy.plan import Plan
 from proxy.router import Need
 from proxy.streams import Streams
 from walship.errors import WalshipError
 from walship.formats.link import CursorEnd, Refusal, Verb, error_of
+from walship.front.answer import send_failure
 from walship.front.dump import send_dump, wants_row_ids
 from walship.hrana.http import failure
 from walship.hrana.types import DumpBody
@@ -47,7 +48,7 @@ async def dump(
             answer = await dispatcher.cursor(plan, streams.open(), Verb.DUMP)
             front.count_read(plan, answer.backend.name)
     except WalshipError as error:
-        await respond_failure(send, failure(error))
+        await send_failure(send, failure(error))
         return
     headers = served(answer.backend.name, answer.cursor.position)
     await send_dump(_chunks(answer), headers, receive, send)

@@ -2,8 +2,8 @@
 
 `/info` and `/export/G` go to the leader, which keeps the generations and their image; `/sync` goes to a follower, and
 to the leader when no follower's log reaches far enough (back to the client, or up to what was acknowledged through
-this proxy: a client that wrote pulls once and expects its write). Bodies are streamed; nothing is kept here. Nodes check
-the client's token themselves.
+this proxy: a client that wrote pulls once and expects its write). Bodies are streamed; nothing is kept here. Nodes
+check the client's token themselves.
 """
 
 from __future__ import annotations

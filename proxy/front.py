@@ -25,7 +25,6 @@ from proxy.plan import Known, Plan, plan_cursor, plan_pipeline
 from proxy.router import Need
 from proxy.streams import ClientStream, Pin, Streams
 from walship.errors import (
-    AuthFailed,
     Draining,
     OutcomeUnknown,
     Overloaded,
@@ -35,6 +34,7 @@ from walship.errors import (
 )
 from walship.formats.link import NO_BATON, CursorEnd, Refusal, ReplyFlags, error_of
 from walship.formats.position import Position
+from walship.front.answer import CORS, Headers, send_answer, send_failure, send_head
 from walship.front.body import Bodies, BodyRefused
 from walship.hrana import v1
 from walship.hrana.http import CURSOR_TYPE, ENDPOINTS, JSON_TYPE, Endpoint, Failure, Verb, failure
@@ -43,29 +43,19 @@ from walship.hrana.types import CursorBody, ErrorBody, PipelineBody
 from walship.metrics import ProxyMetrics
 
 __all__ = [
-    "CORS",
     "Counted",
     "CursorRefused",
     "Front",
     "cursor_failure",
     "freshness_headers",
     "reply_results",
-    "respond_failure",
-    "respond_unauthorized",
     "served",
 ]
 
 log = logging.getLogger("walship.proxy.front")
 
-Headers = list[tuple[bytes, bytes]]
-
 MAX_ACTIVE = 4096
 """Requests in the proxy at once, those that wait for a leader included; beyond it nothing is begun."""
-
-CORS: Headers = [
-    (b"access-control-allow-origin", b"*"),
-    (b"access-control-expose-headers", b"walship-position, walship-served-by"),
-]
 
 
 class Front:
@@ -108,7 +98,7 @@ class Front:
             outcome = "ok"
         except WalshipError as error:
             outcome = error.code
-            await respond_failure(send, failure(error))
+            await send_failure(send, failure(error))
         except BodyRefused as refused:
             outcome = "REQUEST_TOO_LARGE"
             await refused.answer(receive, send, CORS)
@@ -265,13 +255,13 @@ class Front:
         self.count_read(plan, name)
         headers = served(name, reply.position)
         if endpoint.verb is Verb.PIPELINE:
-            await _respond(send, reply.status, JSON_TYPE, with_baton(reply.body, baton), headers)
+            await send_answer(send, reply.status, JSON_TYPE, with_baton(reply.body, baton), headers)
             return
         found = v1.answer(reply_results(reply.body)[0])
         if isinstance(found, Failure):
-            await respond_failure(send, found, headers)
+            await send_failure(send, found, headers)
         else:
-            await _respond(send, reply.status, JSON_TYPE, found, headers)
+            await send_answer(send, reply.status, JSON_TYPE, found, headers)
 
     async def cursor(self, stream: ClientStream, resumed: bool, plan: Plan, send: Send) -> None:
         try:
@@ -290,7 +280,7 @@ class Front:
             else:
                 baton = self._streams.promise(stream, may_hold=plan.opens or plan.makes_state)
             held = with_baton(answer.first, baton)
-            await _start(send, 200, CURSOR_TYPE, served(name, position))
+            await send_head(send, 200, CURSOR_TYPE, served(name, position))
             if not ended:
                 # Each part waits for the next: a client that has read the last row may use the promised baton at
                 # once, and by then it must be good.
@@ -443,27 +433,6 @@ def freshness_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | Non
         elif name == b"walship-min-position":
             min_position = value.decode("latin-1")
     return consistency, min_position
-
-
-async def respond_failure(send: Send, problem: Failure, headers: Headers = CORS) -> None:
-    """Answer with a failure of a whole request."""
-    await _respond(send, problem.status, problem.content_type, problem.body, headers)
-
-
-async def respond_unauthorized(send: Send, error: AuthFailed) -> None:
-    """Answer a request that the gate did not let in."""
-    more: Headers = [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
-    await respond_failure(send, failure(error), [*CORS, *more])
-
-
-async def _respond(send: Send, status: int, content_type: str, body: bytes, headers: Headers) -> None:
-    await _start(send, status, content_type, [*headers, (b"content-length", str(len(body)).encode())])
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _start(send: Send, status: int, content_type: str, headers: Headers) -> None:
-    head = [(b"content-type", content_type.encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
 
 
 async def _send_part(send: Send, body: bytes) -> None:

@@ -19,10 +19,11 @@ import apsw
 import uvloop
 
 from walship.formats.position import Position
+from walship.front.listen import listen
 from walship.hrana import json as hrana
 from walship.hrana.types import Batch, CloseRequest
 from walship.node.app import NodeApp
-from walship.node.http_server import bind, serving
+from walship.node.http_server import serving
 from walship.service.executor import Executor
 from walship.service.limits import Limits
 from walship.service.request import Call, CursorReply, Reply
@@ -77,7 +78,7 @@ async def main() -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     service = OneByOne(sys.argv[1])
-    async with serving(NodeApp(service, service, name="baseline"), bind("127.0.0.1", 0)) as address:
+    async with serving(NodeApp(service, service, name="baseline"), listen("127.0.0.1", 0)) as address:
         print(address.port, flush=True)
         await stop.wait()
 

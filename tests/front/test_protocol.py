@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from walship.front.body import Bodies, BodyRefused
+from walship.front.listen import listen
 from walship.front.protocol import MAX_HEAD_BYTES, Bounds
-from walship.node.http_server import bind, serving
+from walship.node.http_server import serving
 
 Open = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 LIMIT_BYTES = 1 << 20
@@ -39,7 +40,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 async def server(**bounds: Any) -> AsyncIterator[Open]:
     application.bodies = Bodies(LIMIT_BYTES, total_bytes=3 << 20)  # type: ignore[attr-defined]
     writers: list[asyncio.StreamWriter] = []
-    async with serving(application, bind("127.0.0.1", 0), bounds=Bounds(**bounds), drain_seconds=1) as address:
+    async with serving(application, listen("127.0.0.1", 0), bounds=Bounds(**bounds), drain_seconds=1) as address:
 
         async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
             reader, writer = await asyncio.open_connection(address.host, address.port)

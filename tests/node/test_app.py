@@ -13,16 +13,17 @@ import pytest
 
 from tests.node.real_host import RealHost
 from tests.node.waiting import eventually
+from walship.front.listen import listen
 from walship.hrana.baton import ALREADY_USED, INVALID
 from walship.node.app import NodeApp
-from walship.node.http_server import bind, serving
+from walship.node.http_server import serving
 
 
 @asynccontextmanager
 async def front_door(host: RealHost, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     app = NodeApp(host.service, host, name=host.name, **options)
     async with (
-        serving(app, bind("127.0.0.1", 0), drain_seconds=2) as address,
+        serving(app, listen("127.0.0.1", 0), drain_seconds=2) as address,
         httpx.AsyncClient(base_url=address.url, timeout=20) as client,
     ):
         yield client

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.node.real_host import RealHost
+from walship.front.listen import listen
 from walship.node.app import NodeApp
-from walship.node.http_server import bind, serving
+from walship.node.http_server import serving
 
 SCRIPT = str(Path(__file__).with_name("clients.py"))
 
@@ -21,7 +22,7 @@ SCRIPT = str(Path(__file__).with_name("clients.py"))
 async def running(host: RealHost, name: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """One client in its own process; leaving waits for its good end."""
     app = NodeApp(host.service, host, name=host.name)
-    async with serving(app, bind("127.0.0.1", 0), drain_seconds=1) as address, asyncio.timeout(20):
+    async with serving(app, listen("127.0.0.1", 0), drain_seconds=1) as address, asyncio.timeout(20):
         pipe = asyncio.subprocess.PIPE
         client = await asyncio.create_subprocess_exec(
             sys.executable, SCRIPT, name, address.url, stdin=pipe, stdout=pipe, stderr=pipe

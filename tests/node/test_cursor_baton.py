@@ -12,8 +12,9 @@ import socket
 from collections import Counter
 
 from tests.node.real_host import RealHost
+from walship.front.listen import listen
 from walship.node.app import NodeApp
-from walship.node.http_server import bind, serving
+from walship.node.http_server import serving
 
 ROUNDS = 400
 
@@ -64,6 +65,6 @@ async def test_a_client_that_does_not_wait_for_the_last_byte_is_never_told_that_
     leader: RealHost,
 ) -> None:
     app = NodeApp(leader.service, leader, name=leader.name)
-    async with serving(app, bind("127.0.0.1", 0), drain_seconds=1) as address:
+    async with serving(app, listen("127.0.0.1", 0), drain_seconds=1) as address:
         seen = await asyncio.to_thread(impatient, address.port)
     assert seen == {b"HTTP/1.1 200 OK": ROUNDS}

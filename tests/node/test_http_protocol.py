@@ -11,7 +11,8 @@ import pytest
 import uvicorn
 
 from walship.errors import ProtocolViolation, UsageError
-from walship.node.http_server import Address, bind, serving
+from walship.front.listen import Address, listen
+from walship.node.http_server import serving
 
 Message = MutableMapping[str, Any]
 
@@ -52,7 +53,7 @@ def test_the_uvicorn_this_was_written_for_is_installed() -> None:
 
 
 async def test_an_upgrade_hands_the_connection_over() -> None:
-    async with serving(hello, bind("127.0.0.1", 0), upgrades={"/walship/link": echo}, drain_seconds=1) as address:
+    async with serving(hello, listen("127.0.0.1", 0), upgrades={"/walship/link": echo}, drain_seconds=1) as address:
         reader, writer = await connect(address)
         writer.write(UPGRADE + b"early bytes")
         head = await read_head(reader)
@@ -68,7 +69,7 @@ async def test_an_upgrade_hands_the_connection_over() -> None:
 
 
 async def test_an_upgrade_may_arrive_byte_by_byte() -> None:
-    async with serving(hello, bind("127.0.0.1", 0), upgrades={"/walship/link": echo}, drain_seconds=1) as address:
+    async with serving(hello, listen("127.0.0.1", 0), upgrades={"/walship/link": echo}, drain_seconds=1) as address:
         reader, writer = await connect(address)
         writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in UPGRADE:
@@ -91,7 +92,7 @@ async def test_an_upgrade_may_arrive_byte_by_byte() -> None:
     ],
 )
 async def test_everything_else_is_plain_http(request_bytes: bytes) -> None:
-    async with serving(hello, bind("127.0.0.1", 0), upgrades={"/walship/link": echo}, drain_seconds=1) as address:
+    async with serving(hello, listen("127.0.0.1", 0), upgrades={"/walship/link": echo}, drain_seconds=1) as address:
         reader, writer = await connect(address)
         for _ in range(2):  # keep-alive works as before
             writer.write(request_bytes)
@@ -102,7 +103,7 @@ async def test_everything_else_is_plain_http(request_bytes: bytes) -> None:
 
 async def test_a_request_cut_anywhere_is_still_answered() -> None:
     request = b"GET /walship/link HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
-    async with serving(hello, bind("127.0.0.1", 0), upgrades={"/walship/link": echo}, drain_seconds=1) as address:
+    async with serving(hello, listen("127.0.0.1", 0), upgrades={"/walship/link": echo}, drain_seconds=1) as address:
         for cut in range(1, len(request), 7):
             reader, writer = await connect(address)
             writer.write(request[:cut])
@@ -119,7 +120,7 @@ async def test_a_handler_that_fails_for_a_known_reason_ends_only_its_connection(
             raise ProtocolViolation("nonsense")
 
     handlers = {"/walship/link": broken, "/walship/replication": echo}
-    async with serving(hello, bind("127.0.0.1", 0), upgrades=handlers, drain_seconds=1) as address:
+    async with serving(hello, listen("127.0.0.1", 0), upgrades=handlers, drain_seconds=1) as address:
         other_reader, other = await connect(address)
         other.write(UPGRADE.replace(b"/link", b"/replication"))
         await read_head(other_reader)
@@ -138,7 +139,9 @@ async def test_a_bug_in_a_handler_surfaces() -> None:
         raise ZeroDivisionError
 
     async def server() -> None:
-        async with serving(hello, bind("127.0.0.1", 0), upgrades={"/walship/link": buggy}, drain_seconds=1) as address:
+        async with serving(
+            hello, listen("127.0.0.1", 0), upgrades={"/walship/link": buggy}, drain_seconds=1
+        ) as address:
             _, writer = await connect(address)
             writer.write(UPGRADE)
             try:
@@ -166,7 +169,7 @@ async def test_leaving_waits_for_handlers_that_end_and_cancels_the_others() -> N
             ended.append("cancelled")
 
     handlers = {"/walship/link": ends, "/walship/replication": stays}
-    async with serving(hello, bind("127.0.0.1", 0), upgrades=handlers, drain_seconds=0.2) as address:
+    async with serving(hello, listen("127.0.0.1", 0), upgrades=handlers, drain_seconds=0.2) as address:
         connections = [await connect(address) for _ in range(2)]
         for (reader, writer), path in zip(connections, (b"link", b"replication"), strict=True):
             writer.write(UPGRADE.replace(b"link", path, 1))
@@ -186,7 +189,9 @@ async def test_an_upgraded_connection_is_not_uvicorns_to_wait_for() -> None:
         await told.wait()
 
     async with asyncio.timeout(5):
-        async with serving(hello, bind("127.0.0.1", 0), upgrades={"/walship/link": ends}, drain_seconds=30) as address:
+        async with serving(
+            hello, listen("127.0.0.1", 0), upgrades={"/walship/link": ends}, drain_seconds=30
+        ) as address:
             reader, writer = await connect(address)
             writer.write(UPGRADE)
             await read_head(reader)
@@ -202,7 +207,7 @@ async def test_leaving_lets_a_running_request_finish() -> None:
         await go_on.wait()
         await hello(scope, receive, send)
 
-    async with serving(slow, bind("127.0.0.1", 0), drain_seconds=5) as address:
+    async with serving(slow, listen("127.0.0.1", 0), drain_seconds=5) as address:
         reader, writer = await connect(address)
         writer.write(b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
         await begun.wait()
@@ -212,7 +217,7 @@ async def test_leaving_lets_a_running_request_finish() -> None:
 
 
 async def test_idle_connections_do_not_hold_up_the_end() -> None:
-    async with serving(hello, bind("127.0.0.1", 0), drain_seconds=30) as address:
+    async with serving(hello, listen("127.0.0.1", 0), drain_seconds=30) as address:
         reader, writer = await connect(address)
         silent_reader, silent = await connect(address)
         silent.write(b"GET /walship/li")
@@ -225,10 +230,10 @@ async def test_idle_connections_do_not_hold_up_the_end() -> None:
 
 
 def test_a_busy_port_is_an_error_in_words() -> None:
-    with bind("127.0.0.1", 0) as listener, pytest.raises(UsageError, match="in use by another process"):
-        bind("127.0.0.1", listener.getsockname()[1])
+    with listen("127.0.0.1", 0) as listener, pytest.raises(UsageError, match="already in use"):
+        listen("127.0.0.1", listener.getsockname()[1])
 
 
 def test_a_host_that_is_not_ours_is_an_error_in_words() -> None:
     with pytest.raises(UsageError, match=r"--listen"):
-        bind("192.0.2.1", 0)
+        listen("192.0.2.1", 0)

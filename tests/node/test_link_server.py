@@ -16,9 +16,10 @@ from tests.node.waiting import eventually
 from walship.errors import NotLeader
 from walship.formats import link
 from walship.formats.position import Position
+from walship.front.listen import listen
 from walship.hrana.types import Level
 from walship.node.app import NodeApp
-from walship.node.http_server import bind, serving
+from walship.node.http_server import serving
 from walship.node.link_server import LinkServer
 
 UPGRADE = b"GET /walship/link HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: walship-link\r\n\r\n"
@@ -82,7 +83,7 @@ async def linked(host: RealHost, **options: Any) -> AsyncIterator[Linked]:
     server = LinkServer(host.service, host.link_status, host.watermarks.on_change, **options)
     app = NodeApp(host.service, host, name=host.name)
     upgrades = {"/walship/link": server.serve}
-    async with serving(app, bind("127.0.0.1", 0), upgrades=upgrades, drain_seconds=2) as address:
+    async with serving(app, listen("127.0.0.1", 0), upgrades=upgrades, drain_seconds=2) as address:
         reader, writer = await asyncio.open_connection(address.host, address.port)
         writer.write(UPGRADE)
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")

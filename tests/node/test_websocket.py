@@ -20,10 +20,11 @@ from tests.node.test_clients import running
 from tests.node.waiting import eventually
 from walship.errors import AuthFailed
 from walship.front import websocket as shell
+from walship.front.listen import Address, listen
 from walship.front.protocol import Bounds
 from walship.hrana.auth import FULL, READ_ONLY, Authenticator, Gate
 from walship.node.app import NodeApp
-from walship.node.http_server import Address, bind, serving
+from walship.node.http_server import serving
 from walship.service.limits import Limits
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 @asynccontextmanager
 async def served(host: RealHost, *, gate: Gate | None = None, drain_seconds: float = 2.0) -> AsyncIterator[str]:
     app = NodeApp(host.service, host, name=host.name, gate=gate or Gate(Authenticator()), drain_seconds=drain_seconds)
-    async with serving(app, bind("127.0.0.1", 0), drain_seconds=drain_seconds) as address, asyncio.timeout(30):
+    async with serving(app, listen("127.0.0.1", 0), drain_seconds=drain_seconds) as address, asyncio.timeout(30):
         yield address.url
 
 
@@ -150,7 +151,7 @@ async def test_a_broken_rule_closes_1008_with_its_name(url: str) -> None:
 async def test_a_message_that_is_too_large_closes_1009(leader: RealHost) -> None:
     app = NodeApp(leader.service, leader, name=leader.name)
     async with (
-        serving(app, bind("127.0.0.1", 0), drain_seconds=1, message_max_bytes=1000) as address,
+        serving(app, listen("127.0.0.1", 0), drain_seconds=1, message_max_bytes=1000) as address,
         connected(address.url) as client,
     ):
         await client.connection.send("x" * 1001)
@@ -359,7 +360,7 @@ async def test_a_client_that_does_not_read_is_cut_off(leader: RealHost, monkeypa
     app = NodeApp(leader.service, leader, name=leader.name)
     async with (
         asyncio.timeout(20),
-        serving(app, bind("127.0.0.1", 0), drain_seconds=1) as address,
+        serving(app, listen("127.0.0.1", 0), drain_seconds=1) as address,
         connected(address.url) as client,
     ):
         client.connection.transport.pause_reading()
@@ -405,7 +406,7 @@ async def test_a_stopping_server_says_goodbye(leader: RealHost) -> None:
 
 async def test_a_stopping_server_lets_a_transaction_end(leader: RealHost) -> None:
     app = NodeApp(leader.service, leader, name=leader.name, drain_seconds=5)
-    context = serving(app, bind("127.0.0.1", 0), drain_seconds=5)
+    context = serving(app, listen("127.0.0.1", 0), drain_seconds=5)
     address: Address = await context.__aenter__()
     client = await _left_open(address.url)
     await client.run("CREATE TABLE t(a)")
@@ -429,7 +430,7 @@ async def _left_open(url: str) -> Socket:
 async def test_too_many_connections_are_refused(leader: RealHost) -> None:
     app = NodeApp(leader.service, leader, name=leader.name)
     app._door.max_connections = 1
-    async with serving(app, bind("127.0.0.1", 0), drain_seconds=1, bounds=Bounds()) as address:
+    async with serving(app, listen("127.0.0.1", 0), drain_seconds=1, bounds=Bounds()) as address:
         async with connected(address.url):
             with pytest.raises(websockets.InvalidStatus) as caught:
                 await websockets.connect(address.url.replace("http", "ws"))

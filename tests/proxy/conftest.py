@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.app import Proxy, background, listen, serve
+from proxy.app import Proxy, background, serve
 from proxy.freshness import Neighbours
 from proxy.streams import StreamLimits
 from tests.proxy.small_node import History, SmallNode
@@ -21,6 +21,7 @@ from walship.config import ProxyConfig
 from walship.coordination.record import ClusterRecord, create_cluster
 from walship.coordination.store import Store, open_store
 from walship.formats.link import Role
+from walship.front.listen import listen
 
 KEY = b"k" * 32
 PATIENCE_SECONDS = 10.0

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from proxy.app import listen, run
+from proxy.app import run
 from proxy.streams import StreamLimits
 from tests.proxy.conftest import CLOSE, Cluster, Start, eventually, execute, proxy_serving, rows_of
 from tests.proxy.small_node import SmallNode
 from walship.config import ProxyConfig
 from walship.errors import UsageError
 from walship.formats.link import Reason, Role, Verb
+from walship.front.listen import listen
 
 
 async def table(cluster: Cluster) -> None:
@@ -98,7 +99,7 @@ async def test_a_position_token_makes_any_proxy_show_that_write(start: Start) ->
         cluster.followers[0].lag()
         response = await cluster.client.post([execute("INSERT INTO t VALUES (1, 'new')"), CLOSE])
         token = response.headers["walship-position"]
-        await eventually(lambda: other.serving)
+        await eventually(lambda: other.unhealthy() is None)
         response = await cluster.client.http.post(
             f"{other.url}/v3/pipeline",
             json={"requests": [execute("SELECT v FROM t"), CLOSE]},
@@ -236,7 +237,7 @@ async def test_an_idle_stream_survives_a_restart_of_the_proxy(start: Start) -> N
     await table(cluster)
     baton = (await cluster.client.post([execute("SELECT 1")])).json()["baton"]
     async with proxy_serving(cluster.store, ProxyConfig(cluster_url="")) as other:
-        await eventually(lambda: other.serving)
+        await eventually(lambda: other.unhealthy() is None)
         body = {"baton": baton, "requests": [execute("SELECT 2")]}
         response = await cluster.client.http.post(f"{other.url}/v3/pipeline", json=body)
         assert rows_of(response.json()["results"][0]) == [[2]]

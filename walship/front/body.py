@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
 from walship.errors import Overloaded
+from walship.front.answer import Receive, Send
 from walship.hrana.http import Failure, body_too_large, failure
 
 __all__ = ["Bodies", "BodyRefused"]
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 SMALL_BYTES: Final = 64 << 10  # not worth counting
 TOTAL_BYTES: Final = 256 << 20

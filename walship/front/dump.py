@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from walship.errors import WalshipError
+from walship.front.answer import Headers, Receive, Send, send_head, until_disconnect
 
 __all__ = ["DUMP_PATH", "send_dump", "wants_row_ids"]
-
-Message = MutableMapping[str, Any]
 
 DUMP_PATH: Final = "/dump"
 STALL_SECONDS: Final = 60.0  # its snapshot keeps the -wal of a node from restarting
@@ -33,21 +32,20 @@ def wants_row_ids(query: bytes) -> bool:
 
 async def send_dump(
     chunks: AsyncIterator[bytes],
-    headers: list[tuple[bytes, bytes]],
-    receive: Callable[[], Awaitable[Message]],
-    send: Callable[[Message], Awaitable[None]],
+    headers: Headers,
+    receive: Receive,
+    send: Send,
 ) -> None:
     """Answer with all chunks, at the client's pace. Closes `chunks` whatever happens."""
-    head = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store"), *headers]
 
     async def part(body: bytes, *, more: bool) -> None:
         async with asyncio.timeout(STALL_SECONDS):
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async with aclosing(cast("AsyncGenerator[bytes, None]", chunks)) as texts, asyncio.TaskGroup() as tasks:
-        gone = tasks.create_task(_until_disconnect(receive), name="dump disconnect")
+        gone = tasks.create_task(until_disconnect(receive), name="dump disconnect")
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": head})
+            await send_head(send, 200, "text/plain; charset=utf-8", [(b"cache-control", b"no-store"), *headers])
             async for text in texts:
                 if gone.done():
                     return
@@ -61,8 +59,3 @@ async def send_dump(
             _log.info("cut dump reason=nobody took it for %g s", STALL_SECONDS)
         finally:
             gone.cancel()
-
-
-async def _until_disconnect(receive: Callable[[], Awaitable[Message]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -13,26 +13,13 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar, cast
 
-import msgspec
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from walship import __version__
 from walship.errors import (
     AuthFailed,
     NotDone,
@@ -43,8 +30,19 @@ from walship.errors import (
     WalshipError,
 )
 from walship.formats.position import Position
+from walship.front.answer import (
+    CORS,
+    Receive,
+    Send,
+    send_answer,
+    send_failure,
+    send_head,
+    send_preflight,
+    until_disconnect,
+)
 from walship.front.body import Bodies, BodyRefused
 from walship.front.dump import DUMP_PATH, send_dump, wants_row_ids
+from walship.front.pages import Pages, plain_pages
 from walship.front.websocket import Door
 from walship.hrana import http, json, v1
 from walship.hrana.auth import OPEN, Gate, Grant, may_not_write
@@ -55,19 +53,14 @@ from walship.hrana.types import (
     ErrorBody,
     Level,
 )
-from walship.metrics import CONTENT_TYPE as METRICS_TYPE
 from walship.node.requests import changes_connection, freshness, may_open
 from walship.node.streams import STREAM_EXPIRED, Stream, StreamTable
 from walship.node.websocket import SocketStream
 from walship.service.request import Call, CursorReply, Reply
 
-__all__ = ["NodeApp", "Pages", "Served"]
+__all__ = ["NodeApp", "Served"]
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
 _R = TypeVar("_R")
 
 
@@ -83,33 +76,8 @@ class Served(Protocol):
     async def close_stream(self, stream: int) -> None: ...
 
 
-class Pages(Protocol):
-    """What the node tells about itself."""
-
-    def status(self) -> Mapping[str, object]:
-        """The body of /status, ready for JSON."""
-        ...
-
-    def unhealthy(self) -> str | None:
-        """None when it can serve, else why not."""
-        ...
-
-    def metrics(self) -> bytes:
-        """The Prometheus text."""
-        ...
-
-
 # A client may think between rows, but its read transaction keeps the -wal from restarting.
 STALL_SECONDS: Final = 60.0
-# Web clients call from anywhere (hrana.md 1.1); `*` in allow-headers does not cover Authorization, so it is named.
-_CORS: Final[Headers] = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
-_PREFLIGHT: Final[Headers] = [
-    *_CORS,
-    (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-    (b"access-control-allow-headers", b"*, Authorization"),
-    (b"access-control-max-age", b"86400"),
-    (b"content-length", b"0"),
-]
 
 
 class NodeApp:
@@ -145,7 +113,7 @@ class NodeApp:
         rng = random.Random(secrets.token_bytes(32))
         self._streams = StreamTable(baton_key or secrets.token_bytes(32), lambda: rng.getrandbits(64))
         self._served_by = (b"walship-served-by", name.encode("ascii", "replace"))
-        self._pages = _pages(pages, routes)
+        self._pages = plain_pages(pages, routes)
         self._door = Door(
             lambda client: SocketStream(service, client),
             gate.authenticator.check_token,
@@ -171,8 +139,7 @@ class NodeApp:
         elif endpoint is not None:
             await self._hrana(endpoint, scope, receive, send)
         elif method == "OPTIONS":
-            await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT[:-1]})
-            await send({"type": "http.response.body", "body": b""})
+            await send_preflight(send)
         else:
             await self._pages(scope, receive, send)
 
@@ -191,7 +158,7 @@ class NodeApp:
             else:
                 await self._cursor(body, level, floor, grant, receive, send)
         except BodyRefused as refused:
-            await refused.answer(receive, send, [self._served_by, *_CORS])
+            await refused.answer(receive, send, [self._served_by, *CORS])
         except WalshipError as error:
             refusal = may_not_write() if isinstance(error, NotReadOnly) and not grant.may_write else error
             await self._fail(http.failure(refusal), send)
@@ -236,15 +203,8 @@ class NodeApp:
             await self._reply(found, reply.position, send)
 
     async def _reply(self, data: bytes, position: Position, send: Send) -> None:
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(data)),
-            (b"walship-position", str(position).encode()),
-            self._served_by,
-            *_CORS,
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": data})
+        headers = [(b"walship-position", str(position).encode()), self._served_by, *CORS]
+        await send_answer(send, 200, http.JSON_TYPE, data, headers)
 
     async def _cursor(
         self, body: bytes, level: Level, floor: Position | None, grant: Grant, receive: Receive, send: Send
@@ -266,13 +226,8 @@ class NodeApp:
         may_be_open = stream.in_transaction or may_open(decoded.batch)
         baton = self._streams.finish(stream, reply.stream, in_transaction=may_be_open)
         sequence = stream.sequence
-        headers = [
-            (b"content-type", http.CURSOR_TYPE.encode()),
-            (b"walship-position", str(reply.position).encode()),
-            self._served_by,
-            *_CORS,
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        headers = [(b"walship-position", str(reply.position).encode()), self._served_by, *CORS]
+        await send_head(send, 200, http.CURSOR_TYPE, headers)
         await _stream_lines(json.cursor_head(baton), reply.lines, receive, send)
         if stream.sequence == sequence:
             stream.in_transaction = not reply.autocommit
@@ -285,7 +240,7 @@ class NodeApp:
         except WalshipError as error:
             await self._fail(http.failure(error), send)
             return
-        headers = [(b"walship-position", str(reply.position).encode()), self._served_by, *_CORS]
+        headers = [(b"walship-position", str(reply.position).encode()), self._served_by, *CORS]
         await send_dump(reply.lines, headers, receive, send)
 
     async def _run(self, stream: Stream, call: Call, run: Callable[[Call], Awaitable[_R]]) -> _R:
@@ -316,22 +271,13 @@ class NodeApp:
             self._streams.drop(stream)
 
     async def _fail(self, failure: http.Failure, send: Send) -> None:
-        headers = [
-            (b"content-type", failure.content_type.encode()),
-            (b"content-length", b"%d" % len(failure.body)),
-            self._served_by,
-            *_CORS,
-        ]
-        if failure.status == 401:
-            headers.append((b"www-authenticate", b"Bearer"))
-        await send({"type": "http.response.start", "status": failure.status, "headers": headers})
-        await send({"type": "http.response.body", "body": failure.body})
+        await send_failure(send, failure, [self._served_by, *CORS])
 
 
 async def _stream_lines(head: bytes, lines: AsyncIterator[bytes], receive: Receive, send: Send) -> None:
     """Send the head and all lines; stop when the client goes away, so that its read transaction ends with it."""
     async with aclosing(cast("AsyncGenerator[bytes, None]", lines)) as chunks, asyncio.TaskGroup() as group:
-        watch = group.create_task(_until_disconnect(receive), name="cursor disconnect")
+        watch = group.create_task(until_disconnect(receive), name="cursor disconnect")
         pending = head
         try:
             async for chunk in chunks:
@@ -348,51 +294,3 @@ async def _stream_lines(head: bytes, lines: AsyncIterator[bytes], receive: Recei
         finally:
             watch.cancel()
         await send({"type": "http.response.body", "body": pending})
-
-
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _pages(pages: Pages, further: Sequence[Route]) -> Starlette:
-    """Everything that is not Hrana: probes, health, version, status, metrics."""
-    cors = {name.decode(): value.decode() for name, value in _CORS}
-
-    def probe(request: Request) -> Response:
-        return PlainTextResponse(http.PROBES[request.url.path], headers=cors)
-
-    def health(_: Request) -> Response:
-        reason = pages.unhealthy()
-        return Response(headers=cors) if reason is None else PlainTextResponse(reason, 503, cors)
-
-    def version(_: Request) -> Response:
-        return PlainTextResponse(f"walship {__version__}", headers=cors)
-
-    def status(_: Request) -> Response:
-        return Response(msgspec.json.encode(pages.status()), media_type=http.JSON_TYPE, headers=cors)
-
-    def metrics(_: Request) -> Response:
-        return Response(pages.metrics(), media_type=METRICS_TYPE)
-
-    def nothing(_: Request, __: Exception) -> Response:
-        return Response(status_code=404, headers=cors)
-
-    pages_by_path: dict[str, Callable[[Request], Response]] = {
-        **dict.fromkeys(http.PROBES, probe),
-        "/health": health,
-        "/version": version,
-        "/status": status,
-        "/metrics": metrics,
-    }
-    routes = [Route(path, _in_loop(page), methods=["GET"]) for path, page in pages_by_path.items()]
-    return Starlette(routes=[*routes, *further], exception_handlers={404: nothing})
-
-
-def _in_loop(page: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """Starlette runs plain functions in threads; these are quick and look at state of the loop."""
-
-    async def answer(request: Request) -> Response:
-        return page(request)
-
-    return answer

@@ -51,10 +51,11 @@ from walship.engine.writer import Writer
 from walship.errors import CorruptData, Draining, NotLeader, Unavailable, WalshipError
 from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
+from walship.front.listen import Address, listen
 from walship.hrana.types import Batch, Level
 from walship.node.app import NodeApp
 from walship.node.embedded import EmbeddedReplicas
-from walship.node.http_server import bind, serving
+from walship.node.http_server import serving
 from walship.node.join import Membership, join, lock_directory
 from walship.node.link_server import LinkServer
 from walship.node.promote import promote
@@ -545,10 +546,8 @@ async def run(config: NodeConfig) -> int:
         store = open_store(config.cluster_url)
         try:
             member = await join(config, store)
-            listener = bind(config.listen_host, config.listen_port)
-            host, port = listener.getsockname()[:2]
-            url = config.advertise or (f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-            node = Node(config, store, member, url)
+            listener = listen(config.listen_host, config.listen_port)
+            node = Node(config, store, member, config.advertise or Address.of(listener).url)
             await node.start()
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
