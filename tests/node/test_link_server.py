@@ -60,7 +60,7 @@ class Proxy:
 
         def ended() -> bool:
             messages = self.received.get(id, [])
-            return bool(messages) and not isinstance(messages[-1], link.Chunk)
+            return bool(messages) and not isinstance(messages[-1], link.CursorHead | link.Chunk)
 
         await eventually(ended)
         return self.received[id]

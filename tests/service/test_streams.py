@@ -368,8 +368,9 @@ async def test_settings_hold_no_connection_between_requests_and_are_in_force_in_
         _, answers = await bench.on(streams[0], execute("PRAGMA foreign_keys"), execute("PRAGMA recursive_triggers"))
         assert [rows_of(answer) for answer in answers] == [[[1]], [[1]]]
         for _ in range(3):
-            _, answers = await bench.on(0, execute("BEGIN"), execute("PRAGMA foreign_keys"), CLOSE)
+            begun, answers = await bench.on(0, execute("BEGIN"), execute("PRAGMA foreign_keys"))
             assert rows_of(answers[1]) == [[0]], "nobody else inherits them"
+            await bench.on(begun.stream, CLOSE)
 
 
 async def test_foreign_keys_set_inside_a_transaction_stay_ignored_after_it(bench: Bench) -> None:
