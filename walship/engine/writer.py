@@ -265,6 +265,11 @@ class Writer:
         await future
         return self._leader.watermarks.captured
 
+    def give_up(self) -> None:
+        """On the loop, before a stop: whoever still waits for acknowledgments is told that the outcome is unknown."""
+        for group in self._unacked:
+            self._ack_timed_out(group, "before this node had to stop")
+
     async def stop(self) -> None:
         """Refuse new work, finish what is queued, end the thread. Idempotent."""
         self._draining = True
@@ -342,7 +347,7 @@ class Writer:
         if group.jobs:
             limits = self._limits
             seconds = limits.ack_timeout_seconds + size_bytes / limits.ack_bytes_per_second
-            group.timer = self.loop.call_later(seconds, self._ack_timed_out, group, seconds)
+            group.timer = self.loop.call_later(seconds, self._ack_timed_out, group, f"within {seconds:g} s")
 
     def _on_acked(self) -> None:
         """Answer every group that the acknowledgment rule covers now."""
@@ -382,13 +387,13 @@ class Writer:
         if remaining:
             self.loop.call_later(0.005, self._await_stricter, group)
 
-    def _ack_timed_out(self, group: _Group, seconds: float) -> None:
+    def _ack_timed_out(self, group: _Group, when: str) -> None:
         for job in group.jobs:
             _fail(
                 job.future,
                 OutcomeUnknown(
                     f"the write is durable on the leader at {group.position}, but not enough followers confirmed it "
-                    f"within {seconds:g} s. It is not lost while the leader's disk lives; look before sending it again."
+                    f"{when}. It is not lost while the leader's disk lives; look before sending it again."
                 ),
             )
         group.jobs = []

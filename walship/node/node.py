@@ -493,10 +493,10 @@ class Node:
             self.fail(CorruptData(f"{self.database.path}: {reason}; this leader must not go on serving them"))
 
     async def _drain(self) -> None:
-        seconds = self.config.drain_seconds
+        until = self._loop.time() + self.config.drain_seconds
         if self.service is not None:
-            await self.service.drain(seconds)
-        await self.links.drain(seconds)
+            await self.service.drain(self.config.drain_seconds)
+        await self.links.drain(max(until - self._loop.time(), 1.0))  # what ended just now is still answered
         if self.publisher is not None:
             await self.publisher.close()
 

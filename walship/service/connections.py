@@ -113,6 +113,10 @@ class Connections:
         """Interrupt what runs, now and from now on: the node stops, and what is not committed is not done."""
         self._closing = True
 
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
     def _shall_stop(self, lane: Lane) -> bool:
         return self._closing or (not lane.executor.may_write and self._clock() > lane.deadline)
 

@@ -195,6 +195,8 @@ class Service:
                     await self._quiet.wait()
         except TimeoutError:
             self._connections.interrupt_all()
+            if self._host.writer is not None:
+                self._host.writer.give_up()
         await self._end_streams()
 
     # --- pipelines ----------------------------------------------------------------------------------------------
@@ -269,9 +271,12 @@ class Service:
         if self._shared is None or self._shared[0] is not connection:
             guard.install(connection, follower=False, shared=True)
             limit_values(connection, self._limits.value_bytes)
-            connection.set_progress_handler(lambda: self._clock() > self._write_until, 10_000)
+            connection.set_progress_handler(self._shall_stop_job, 10_000)
             self._shared = (connection, Executor(connection, self._limits, may_write=True))
         return self._shared[1]
+
+    def _shall_stop_job(self) -> bool:
+        return self._connections.closing or self._clock() > self._write_until
 
     def _check_may_write(self, call: Call) -> None:
         if call.read_only:
