@@ -4,13 +4,14 @@
 #   make lint    ruff and mypy only
 #   make bench   the ratios of docs/performance.md, measured on this machine  (ARGS="--quick writes")
 #   make soak    the minutes-long proofs on real processes
+#   make clients-table   the table of docs/clients.md, from a run of every client
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help up test lint bench soak clients clean
+.PHONY: help up test lint bench soak clients clients-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,18 +34,23 @@ bench: $(STAMP)
 soak: $(STAMP) clients
 	$(BIN)/python -m pytest -m soak -s --timeout=3600 -o faulthandler_timeout=3500 $(ARGS)
 
-# The npm client that the tests and examples talk through; without node those tests say that they are skipped.
+# The npm clients that the tests and examples talk through; without node those tests say that they are skipped.
+NPM := examples/node/node_modules/.installed tests/clients/js/node_modules/.installed
 clients: $(STAMP)
-	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory examples/node/node_modules/.installed; \
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(NPM); \
 	 else echo "npm is not here: tests with the JavaScript client will be skipped"; fi
 
-examples/node/node_modules/.installed: examples/node/package.json
-	cd examples/node && npm install --no-audit --no-fund --silent
+# Install steps of packages would fetch binaries; the ones used here come with theirs.
+$(NPM): %/node_modules/.installed: %/package.json
+	cd $* && npm install --no-audit --no-fund --silent --ignore-scripts --no-package-lock
 	@touch $@
+
+clients-table: clients
+	$(BIN)/python -m tests.clients.matrix
 
 $(STAMP): pyproject.toml .ci/environment
 	PYTHON="$(PYTHON)" .ci/environment $(VENV)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) examples/node/node_modules .coverage* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) examples/node/node_modules tests/clients/js/node_modules .coverage* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis

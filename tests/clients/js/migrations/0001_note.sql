@@ -1,0 +1,1 @@
+ALTER TABLE `drizzle_items` ADD `note` text;

@@ -1,0 +1,1 @@
+"""The Django app that `django_project.py` migrates and uses."""
