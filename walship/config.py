@@ -65,7 +65,6 @@ class NodeConfig:
     replace_local: bool = False
     log_max_bytes: int = GIB  # a GiB holds minutes of heavy writing, and a laggard beyond that is faster re-seeded
     log_keep_seconds: float = 3600.0  # longer than a restart or a reboot takes
-    wal_max_bytes: int = 64 * MIB  # recovery of a -wal this large takes well under a second
     stream_idle_seconds: float = 10.0  # an open transaction without a request; other state idles in proportion
     body_max_bytes: int = 16 * MIB
     statement_seconds: float = 30.0  # a read; longer ones are reports that belong on a copy
@@ -319,7 +318,6 @@ NODE = (
     Setting("replace-local", _field("replace_local", _yes), "true or false"),
     _LOG_MAX,
     Setting("log-keep-seconds", _field("log_keep_seconds", _seconds(0, 10**8)), "0 to 100000000 seconds"),
-    Setting("wal-max", _field("wal_max_bytes", _size(1 * MIB)), _SIZE_WORDS + ", at least 1MiB"),
     _STREAM_IDLE,
     _BODY,
     *_WORK,

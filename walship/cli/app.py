@@ -189,7 +189,6 @@ def node(
     log_keep_seconds: Annotated[
         Text, _option("log-keep-seconds", "S", "Age up to which log is kept. Default 3600.")
     ] = None,
-    wal_max: Annotated[Text, _option("wal-max", "SIZE", "Checkpoint before the -wal is larger. Default 64MiB.")] = None,
     stream_idle_seconds: Annotated[Text, _STREAM_IDLE] = None,
     body_max: Annotated[Text, _BODY] = None,
     statement_seconds: Annotated[Text, _STATEMENT] = None,
@@ -219,7 +218,6 @@ def node(
         replace_local=replace_local or None,
         log_max=log_max,
         log_keep_seconds=log_keep_seconds,
-        wal_max=wal_max,
         stream_idle_seconds=stream_idle_seconds,
         body_max=body_max,
         statement_seconds=statement_seconds,
