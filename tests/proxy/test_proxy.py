@@ -376,7 +376,9 @@ async def test_the_plain_endpoints(start: Start) -> None:
     assert (await http.get("/version")).text.startswith("walship ")
     nowhere = await http.get("/nowhere")
     assert (nowhere.status_code, nowhere.content) == (404, b"")
-    assert (await http.options("/v3/pipeline")).headers["access-control-allow-origin"] == "*"
+    preflight = await http.options("/v3/pipeline")
+    assert preflight.headers["access-control-allow-origin"] == "*"
+    assert "Authorization" in preflight.headers["access-control-allow-headers"]  # `*` does not cover it
     await cluster.client.run("SELECT 1")
     assert "walship_reads_total" in (await http.get("/metrics")).text
     status = (await http.get("/status")).json()

@@ -15,7 +15,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Coroutine, Mapping
@@ -32,6 +31,7 @@ from walship.config import DEFAULT_FOLLOWERS, NODE, PROXY, STATUS, UP, UpConfig,
 from walship.coordination.file_store import FileStore, HeldLock
 from walship.coordination.record import ClusterRecord, create_cluster, read_cluster, read_leader
 from walship.errors import StorageFailed, StoreUnavailable, Unavailable, UsageError, WalshipError
+from walship.front.listen import Address, listen
 
 __all__ = ["run"]
 
@@ -108,18 +108,8 @@ def _data_lock(data_dir: Path) -> HeldLock:
 
 def _free_port(host: str, port: int) -> int:
     """The port the proxy is to use; 0 becomes a free one. Raises UsageError when it is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            raise UsageError(
-                f"--listen {host}:{port}: {os.strerror(error.errno or 0)}. Nothing was started and nothing changed. "
-                "Choose another port, or 0 for any free one"
-            ) from error
-        return int(probe.getsockname()[1])
+    with contextlib.closing(listen(host, port)) as probe:
+        return Address.of(probe).port
 
 
 async def _plan(store: FileStore, config: UpConfig, port: int) -> _Plan:
