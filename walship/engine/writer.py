@@ -256,9 +256,12 @@ class Writer:
         """The position that covers everything a reader has been able to see so far (R17).
 
         A commit is visible as soon as SQLite wrote it, a moment before it is captured; this waits for that moment.
+        Raises Draining when it does not come any more: what was seen may not be durable.
         """
         if self._leader.settled():
             return self._leader.watermarks.captured
+        if self._ended:
+            raise Draining(f"the writer has stopped ({self.failed}). This read was not answered; send it again later.")
         ticket = self._counters.captures_begun
         future: asyncio.Future[None] = self.loop.create_future()
         self._counters.settling.append((ticket, future))
@@ -433,7 +436,7 @@ class Writer:
             elif item is not None:
                 _fail(item.future, refused)
         for _, future in self._counters.settling:
-            _resolve(future, None)
+            _fail(future, refused)
         self._counters.settling.clear()
         if self._stopped is not None:
             _resolve(self._stopped, None)
