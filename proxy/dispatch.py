@@ -27,7 +27,7 @@ from proxy.freshness import Freshness
 from proxy.link import Cursor, LinkConnection, LinkLost
 from proxy.plan import Plan
 from proxy.router import Need, Verdicts, decide
-from proxy.streams import ClientStream, Pin, stream_expired
+from proxy.streams import ClientStream, Pin
 from walship.errors import (
     Behind,
     NotDone,
@@ -51,7 +51,7 @@ from walship.formats.link import (
 )
 from walship.formats.position import Position
 from walship.hrana.auth import may_not_write
-from walship.hrana.baton import CLOSED
+from walship.hrana.baton import CLOSED, STREAM_EXPIRED, stream_expired
 from walship.hrana.types import Level
 from walship.metrics import ProxyMetrics
 
@@ -410,7 +410,7 @@ class _Attempts(Generic[A]):
 
     def _refused(self, backend: Backend, refusal: Refusal, request: Request) -> None:
         reading = self._need is Need.READ
-        if request.stream and (refusal.code == "STREAM_EXPIRED" or refusal.message == CLOSED):
+        if request.stream and (refusal.code == STREAM_EXPIRED or refusal.message == CLOSED):
             self._stream.kept = None  # the leader forgot its record of the stream before it ran anything
             return
         if refusal.reason not in (_READ_ELSEWHERE if reading else _ELSEWHERE):

@@ -21,17 +21,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from proxy.consistency import Settings
-from walship.errors import Overloaded, ProtocolViolation, StatementFailed
-from walship.hrana.baton import ALREADY_USED, CLOSED, Baton, open_baton, sign
+from walship.errors import Overloaded, ProtocolViolation
+from walship.hrana.baton import ALREADY_USED, CLOSED, Baton, open_baton, sign, stream_expired
 
-__all__ = ["ClientStream", "Pin", "StreamLimits", "Streams", "stream_expired"]
+__all__ = ["ClientStream", "Pin", "StreamLimits", "Streams"]
 
 _U64 = (1 << 64) - 1
-
-
-def stream_expired() -> StatementFailed:
-    """The stream is gone together with its transaction or connection state."""
-    return StatementFailed("The stream has expired due to inactivity", "STREAM_EXPIRED")
 
 
 class _End(Enum):

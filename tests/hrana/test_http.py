@@ -8,14 +8,13 @@ import pytest
 
 from walship import errors
 from walship.hrana import http
+from walship.hrana.baton import stream_expired
 
 
 def _every_error() -> list[errors.WalshipError]:
     made: list[errors.WalshipError] = []
-    todo: list[type[errors.WalshipError]] = [errors.WalshipError]
-    while todo:
-        kind = todo.pop()
-        todo.extend(kind.__subclasses__())
+    for name in errors.__all__:
+        kind: type[errors.WalshipError] = getattr(errors, name)
         if kind is errors.DatabaseRefused:
             made.append(errors.DatabaseRefused("/a", "b", "c"))
         elif kind is errors.NotLeader:
@@ -54,6 +53,6 @@ def test_a_message_with_lone_surrogates_can_still_be_sent() -> None:
 
 
 def test_an_expired_stream_says_so_as_sqld_does() -> None:
-    failure = http.stream_expired()
+    failure = http.failure(stream_expired())
     assert failure.status == 400
     assert json.loads(failure.body)["code"] == "STREAM_EXPIRED"

@@ -335,7 +335,7 @@ class _Connection:
                 await lane.cursor.buffer_rest()
             result = (await lane.stream.run(requests))[0]
         except WalshipError as error:
-            result = failed(core.error_body(error))
+            result = failed(ErrorBody.of(error))
         await self._send(core.response(job.request_id, result))
         if end is not None:
             await self._end(lane, end)
@@ -345,7 +345,7 @@ class _Connection:
         try:
             await cursor.start()
         except WalshipError as error:
-            await self._send(core.response_error(job.request_id, core.error_body(error)))
+            await self._send(core.response_error(job.request_id, ErrorBody.of(error)))
             return
         lane.cursor = cursor
         await self._send(core.response_ok(job.request_id, "open_cursor"))
@@ -473,7 +473,7 @@ class _Cursor:
         try:
             await self._pull()
         except WalshipError as error:
-            self._fail(core.error_body(error))
+            self._fail(ErrorBody.of(error))
 
     def _fail(self, error: ErrorBody) -> None:
         self._done = True

@@ -21,13 +21,14 @@ import hmac
 import struct
 from dataclasses import dataclass
 
-from walship.errors import ProtocolViolation
+from walship.errors import ProtocolViolation, StatementFailed
 
-__all__ = ["ALREADY_USED", "CLOSED", "INVALID", "Baton", "open_baton", "sign"]
+__all__ = ["ALREADY_USED", "CLOSED", "INVALID", "STREAM_EXPIRED", "Baton", "open_baton", "sign", "stream_expired"]
 
 INVALID = "Received an invalid baton"
 ALREADY_USED = "Received a baton that has already been used"
 CLOSED = "Stream for this baton was closed"
+STREAM_EXPIRED = "STREAM_EXPIRED"
 
 _PLAIN = struct.Struct(">QQB")
 _MAC_SIZE = 16
@@ -46,6 +47,11 @@ class Baton:
 
     def __str__(self) -> str:
         return f"stream {self.stream} at {self.sequence}" + (", in a transaction" if self.in_transaction else "")
+
+
+def stream_expired() -> StatementFailed:
+    """The stream is gone together with its open transaction or the state of its connection (hrana.md 1.4)."""
+    return StatementFailed("The stream has expired due to inactivity", STREAM_EXPIRED)
 
 
 def sign(key: bytes, baton: Baton) -> str:

@@ -34,6 +34,7 @@ from walship.errors import (
     WalshipError,
     WriteLost,
 )
+from walship.hrana.types import ErrorBody
 
 __all__ = [
     "CURSOR_TYPE",
@@ -49,7 +50,6 @@ __all__ = [
     "failure",
     "head_too_large",
     "request_too_slow",
-    "stream_expired",
 ]
 
 JSON_TYPE: Final = "application/json"
@@ -128,19 +128,14 @@ class Failure:
 
 def failure(error: WalshipError) -> Failure:
     """How `error` looks to an HTTP client."""
+    code = ErrorBody.of(error).code
     if isinstance(error, AuthFailed):
-        return _json_failure(error.status, str(error), error.auth_code)
+        return _json_failure(error.status, str(error), code)
     status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
     if isinstance(error, ProtocolViolation):
         return Failure(status, TEXT_TYPE, str(error).encode("utf-8", "replace"))
-    code = error.statement_code if isinstance(error, StatementFailed) else error.code
     extra = {"leader": error.leader, "url": error.url, "term": error.term} if isinstance(error, NotLeader) else {}
     return _json_failure(status, str(error), code, extra)
-
-
-def stream_expired() -> Failure:
-    """The stream of a baton is gone together with its open transaction (hrana.md 1.4)."""
-    return _json_failure(400, "The stream has expired due to inactivity", "STREAM_EXPIRED")
 
 
 def body_too_large(limit_bytes: int) -> Failure:

@@ -7,8 +7,11 @@ base64 text; `walship.hrana.json` turns them into SQLite values and back.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 import msgspec
+
+from walship.errors import AuthFailed, StatementFailed, WalshipError
 
 __all__ = [
     "And",
@@ -197,3 +200,12 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
     message: str
     code: str
+
+    @classmethod
+    def of(cls, error: WalshipError) -> Self:
+        """How an error of the tree looks inside a message."""
+        if isinstance(error, StatementFailed):
+            return cls(str(error), error.statement_code)
+        if isinstance(error, AuthFailed):
+            return cls(str(error), error.auth_code)
+        return cls(str(error), error.code)

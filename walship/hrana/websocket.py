@@ -27,7 +27,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from walship.errors import AuthFailed, ProtocolViolation, StatementFailed, WalshipError
+from walship.errors import ProtocolViolation, WalshipError
 from walship.hrana import json
 from walship.hrana.types import (
     Batch,
@@ -59,7 +59,6 @@ __all__ = [
     "Send",
     "StartCursor",
     "State",
-    "error_body",
     "fetched",
     "negotiate",
     "response",
@@ -350,7 +349,7 @@ class Connection:
     def rejected(self, error: WalshipError) -> list[Action]:
         """The token of the last hello is not good."""
         self._move(Event.REJECTED)
-        said = Send(b'{"type":"hello_error","error":%b}' % json.error_object(error_body(error)))
+        said = Send(b'{"type":"hello_error","error":%b}' % json.error_object(ErrorBody.of(error)))
         return [said, HangUp(CloseCode.NORMAL, "The token was not accepted")]
 
     # --- messages -----------------------------------------------------------------------------------------------
@@ -564,14 +563,3 @@ def fetched(request_id: int, entries: Sequence[bytes], *, done: bool) -> bytes:
         b",".join(entries),
         b"true" if done else b"false",
     )
-
-
-def error_body(error: WalshipError) -> ErrorBody:
-    """How an error of the tree looks inside a message."""
-    if isinstance(error, StatementFailed):
-        code = error.statement_code
-    elif isinstance(error, AuthFailed):
-        code = error.auth_code
-    else:
-        code = error.code
-    return ErrorBody(str(error), code)

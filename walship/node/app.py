@@ -25,7 +25,6 @@ from walship.errors import (
     NotDone,
     NotReadOnly,
     ProtocolViolation,
-    StatementFailed,
     TransactionTimeout,
     WalshipError,
 )
@@ -46,15 +45,10 @@ from walship.front.pages import Pages, plain_pages
 from walship.front.websocket import Door
 from walship.hrana import http, json, v1
 from walship.hrana.auth import OPEN, Gate, Grant, may_not_write
-from walship.hrana.baton import CLOSED
-from walship.hrana.types import (
-    Batch,
-    BatchRequest,
-    ErrorBody,
-    Level,
-)
+from walship.hrana.baton import CLOSED, stream_expired
+from walship.hrana.types import Batch, BatchRequest, ErrorBody, Level
 from walship.node.requests import changes_connection, freshness, may_open
-from walship.node.streams import STREAM_EXPIRED, Stream, StreamTable
+from walship.node.streams import Stream, StreamTable
 from walship.node.websocket import SocketStream
 from walship.service.request import Call, CursorReply, Reply
 
@@ -252,7 +246,7 @@ class NodeApp:
                 if str(error) != CLOSED or call.stream == 0:
                     raise
                 if stream.has_state:
-                    raise StatementFailed("The stream has expired due to inactivity", STREAM_EXPIRED) from error
+                    raise stream_expired() from error
                 stream.service_stream = 0
                 return await run(replace(call, stream=0))
         except WalshipError as error:
@@ -289,8 +283,7 @@ async def _stream_lines(head: bytes, lines: AsyncIterator[bytes], receive: Recei
         except TimeoutError:
             return  # uvicorn closes the connection of an answer that has no end
         except WalshipError as error:
-            code = error.statement_code if isinstance(error, StatementFailed) else error.code
-            pending += json.cursor_error(ErrorBody(str(error), code))
+            pending += json.cursor_error(ErrorBody.of(error))
         finally:
             watch.cancel()
         await send({"type": "http.response.body", "body": pending})

@@ -19,7 +19,7 @@ from typing import Final, cast
 
 import msgspec
 
-from walship.errors import Draining, Fenced, Overloaded, ProtocolViolation, StatementFailed, Unavailable, WalshipError
+from walship.errors import Draining, Fenced, Overloaded, ProtocolViolation, Unavailable, WalshipError
 from walship.formats import link
 from walship.formats.position import Position
 from walship.hrana import json
@@ -343,8 +343,7 @@ class _Link:
                     self._send(link.Chunk(request.id, pending).to_bytes())
                     pending = b""
             except WalshipError as error:
-                code = error.statement_code if isinstance(error, StatementFailed) else error.code
-                pending += json.cursor_error(ErrorBody(str(error), code))
+                pending += json.cursor_error(ErrorBody.of(error))
         if pending:
             self._send(link.Chunk(request.id, pending).to_bytes())
         flags = link.ReplyFlags.AUTOCOMMIT if reply.autocommit else link.ReplyFlags.NONE

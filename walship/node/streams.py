@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from walship.errors import Overloaded, ProtocolViolation, StatementFailed
-from walship.hrana.baton import ALREADY_USED, Baton, open_baton, sign
+from walship.errors import Overloaded, ProtocolViolation
+from walship.hrana.baton import ALREADY_USED, Baton, open_baton, sign, stream_expired
 
-__all__ = ["STREAM_EXPIRED", "Stream", "StreamTable"]
+__all__ = ["Stream", "StreamTable"]
 
-STREAM_EXPIRED: Final = "STREAM_EXPIRED"
 DEFAULT_MAX_STREAMS: Final = 16_384
 _U64: Final = (1 << 64) - 1
 
@@ -69,7 +68,7 @@ class StreamTable:
         if stream is None:
             if said.in_transaction and said.stream not in self._told:
                 self._remember_told(said.stream)
-                raise StatementFailed("The stream has expired due to inactivity", STREAM_EXPIRED)
+                raise stream_expired()
             stream = self._new()
             self._told.pop(said.stream, None)
             return stream

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Generator
 from walship.errors import NotReadOnly, StatementFailed
 from walship.formats.position import Position
 from walship.hrana import json as hrana
+from walship.hrana.baton import STREAM_EXPIRED
 from walship.hrana.types import Batch, ErrorBody
 from walship.service.connections import Connections, Lane
 from walship.service.executor import Counters, Lines, Need
@@ -86,7 +87,7 @@ class LaneCursor:
                 yield chunk
                 self.used_at = self._clock()
                 if self._closed:
-                    raise StatementFailed("The cursor has expired due to inactivity", "STREAM_EXPIRED")
+                    raise StatementFailed("The cursor has expired due to inactivity", STREAM_EXPIRED)
                 chunk = await self._connections.run(self._lane, self._next)
         finally:
             self.close()

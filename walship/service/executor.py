@@ -146,7 +146,7 @@ class Executor:
             try:
                 result = yield from self._permitted(lambda: self._statement(request.stmt))
             except StatementFailed as error:
-                return hrana.failed(_body(error))
+                return hrana.failed(ErrorBody.of(error))
             return hrana.ok("execute", result)
         if isinstance(request, BatchRequest):
             return hrana.ok("batch", (yield from self._batch(request.batch)))
@@ -156,7 +156,7 @@ class Executor:
             try:
                 return hrana.ok("describe", self._describe(request.sql or ""))
             except StatementFailed as error:
-                return hrana.failed(_body(error))
+                return hrana.failed(ErrorBody.of(error))
         if isinstance(request, GetAutocommitRequest):
             return hrana.ok("get_autocommit", is_autocommit=self.autocommit)
         raise AssertionError(f"{type(request).__name__} is the service's to answer")
@@ -191,7 +191,7 @@ class Executor:
                     result = yield from self._permitted(lambda stmt=step.stmt: self._statement(stmt))  # type: ignore[misc]
                     outcomes.append(Outcome.OK)
                 except StatementFailed as failure:
-                    error = _body(failure)
+                    error = ErrorBody.of(failure)
                     outcomes.append(Outcome.ERROR)
             results.append(result)
             errors.append(error)
@@ -202,7 +202,7 @@ class Executor:
             try:
                 yield from self._permitted(lambda text=text: self._statement(Stmt(sql=text, want_rows=False)))  # type: ignore[misc]
             except StatementFailed as error:
-                return hrana.failed(_body(error))
+                return hrana.failed(ErrorBody.of(error))
         return hrana.ok("sequence")
 
     def lines(self, batch: Batch) -> Lines:
@@ -236,7 +236,7 @@ class Executor:
                 pending += hrana.step_end(affected, rowid)
                 outcomes.append(Outcome.OK)
             except StatementFailed as error:
-                pending += hrana.step_error(number, _body(error))
+                pending += hrana.step_error(number, ErrorBody.of(error))
                 outcomes.append(Outcome.ERROR)
         if pending:
             yield bytes(pending)
@@ -572,10 +572,6 @@ def _code_name(error: apsw.Error) -> str:
     if result == apsw.SQLITE_ERROR:
         return "SQLITE_UNKNOWN"
     return str(apsw.mapping_result_codes.get(result, "SQLITE_UNKNOWN"))
-
-
-def _body(error: StatementFailed) -> ErrorBody:
-    return ErrorBody(message=str(error), code=error.statement_code)
 
 
 def _weight(row: tuple[object, ...]) -> int:

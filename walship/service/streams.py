@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from walship.errors import Overloaded, ProtocolViolation, StatementFailed, WalshipError
-from walship.hrana.baton import CLOSED
+from walship.errors import Overloaded, ProtocolViolation, WalshipError
+from walship.hrana.baton import CLOSED, stream_expired
 from walship.service.connections import Connections
 from walship.service.limits import Limits
 from walship.service.request import Host
@@ -72,7 +72,7 @@ class Streams:
         if session is not None:
             return session
         if stream in self._expired:
-            raise StatementFailed("The stream has expired due to inactivity", "STREAM_EXPIRED")
+            raise stream_expired()
         raise ProtocolViolation(CLOSED)
 
     def new(self) -> Session:
