@@ -91,7 +91,8 @@ def test_preview_tells_and_changes_nothing(history: list[tuple[dict[int, bytes],
     state = PageChecksums(PAGE_SIZE)
     for pages, commit in history:
         before = state.copy()
-        promised = state.preview(pages.items(), commit)
+        sums = {pgno: page_checksum(pgno, page) for pgno, page in pages.items()}
+        promised = state.preview_many(sums, commit)
         assert (state, state.rolling) == (before, before.rolling)
         assert state.apply(pages.items(), commit) == promised
 

@@ -242,7 +242,7 @@ def test_what_sqlite_calls_a_transaction_statement_we_do_too() -> None:
                 apsw.ext.query_info(connection, sql)
             except apsw.SQLError:
                 continue
-            assert classify(sql).begins_transaction, sql
+            assert classify(sql).kind in (Kind.BEGIN_DEFERRED, Kind.BEGIN_IMMEDIATE, Kind.BEGIN_READONLY), sql
 
 
 @pytest.mark.parametrize(

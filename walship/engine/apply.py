@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import struct
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -202,8 +201,3 @@ def _write(fd: int, data: bytes | bytearray, offset: int, database: Database) ->
             f"{database.wal_path}: write failed ({error.strerror}). Nothing of this batch was published, "
             "what the log holds is kept; free disk space or replace the disk."
         ) from error
-
-
-def pgno_array(pgnos: Iterable[int]) -> array[int]:
-    """Compact ascending page numbers for a Batch (4 bytes each instead of an object)."""
-    return array("I", pgnos)

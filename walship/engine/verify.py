@@ -14,7 +14,6 @@ import apsw
 
 from walship.engine.database import Database
 from walship.engine.snapshot import Snapshot
-from walship.errors import CorruptDatabase
 from walship.formats.checksum import PageChecksums, page_checksum
 from walship.formats.position import Position
 
@@ -41,11 +40,6 @@ class Verification:
             f"{verdict} at {self.position}: {self.pages} pages, checksum {self.checksum:016x}, "
             f"{len(self.differing)} differing, integrity_check {'; '.join(self.integrity)[:200]}"
         )
-
-    def raise_if_damaged(self) -> None:
-        """Raises CorruptDatabase unless everything is right."""
-        if not self.ok:
-            raise CorruptDatabase(f"{self}. History in the log is intact; the node re-seeds from the leader.")
 
 
 def differing_pages(

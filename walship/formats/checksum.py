@@ -84,10 +84,6 @@ class PageChecksums:
         """
         return self.set_many(self._checksums(pages), commit)
 
-    def preview(self, pages: Iterable[tuple[int, Buffer]], commit: int) -> int:
-        """What `apply` would return, changing nothing."""
-        return FLAG | self._xor_after(self._checksums(pages), commit)
-
     def set_many(self, checksums: Mapping[int, int], commit: int) -> int:
         """`apply` for page checksums already computed, by page number."""
         after = self._xor_after(checksums, commit)

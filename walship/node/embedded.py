@@ -83,7 +83,6 @@ class EmbeddedReplicas:
         self._numberings: dict[int, tuple[asyncio.Lock, FrameNumbering]] = {}
         self._rolling = asyncio.Lock()
         self._pin: tuple[int, Pin] | None = None
-        self.exports = self.syncs = 0
 
     def routes(self) -> list[Route]:
         return [
@@ -189,7 +188,6 @@ class EmbeddedReplicas:
         path = self._image(request.path_params["generation"])
         if not path.exists():
             return _refuse(_Refusal(404, "this node has no image of that generation; ask /info of the proxy again"))
-        self.exports += 1
         return FileResponse(path, media_type="application/octet-stream", headers=_HEADERS)
 
     async def _sync(self, request: Request) -> Response:
@@ -231,7 +229,6 @@ class EmbeddedReplicas:
         async with lock:
             frames = await asyncio.to_thread(numbering.frames, first, min(end - first, MAX_FRAMES))
         if frames:
-            self.syncs += 1
             return Response(frames, media_type="application/octet-stream", headers=_HEADERS)
         # Nothing more: status 400 with a generation is how the protocol says so. A newer one is named only once all
         # of this one can have been read.

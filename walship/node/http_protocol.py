@@ -65,10 +65,6 @@ class Upgrades:
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
-    @property
-    def open_connections(self) -> int:
-        return len(self._tasks)
-
     async def __aenter__(self) -> Self:
         self._group = await asyncio.TaskGroup().__aenter__()
         return self

@@ -38,7 +38,6 @@ class Rounds:
 
     def __init__(self, required: int, *, durable: Callable[[], Position], announce: Callable[[], None]) -> None:
         self.number = 0
-        self.completed = 0
         self._required, self._durable, self._announce = required, durable, announce
         self._heard: dict[str, tuple[int, Position]] = {}
         self._index: Position | None = None  # of the round under way
@@ -118,7 +117,6 @@ class Rounds:
         if proofs < self._required:
             return
         current, self._current, self._index = self._current, [], None
-        self.completed += 1
         for answer in current:
             if not answer.done():
                 answer.set_result(index)

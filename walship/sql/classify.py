@@ -69,14 +69,6 @@ class Verdict:
     ruling: Ruling | None = None
     reason: str = ""
 
-    @property
-    def ends_transaction(self) -> bool:
-        return self.kind in (Kind.COMMIT, Kind.ROLLBACK)
-
-    @property
-    def begins_transaction(self) -> bool:
-        return self.kind in (Kind.BEGIN_DEFERRED, Kind.BEGIN_IMMEDIATE, Kind.BEGIN_READONLY)
-
 
 EMPTY_VERDICT: Final = Verdict(Kind.EMPTY)
 

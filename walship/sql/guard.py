@@ -10,8 +10,6 @@ The guard does not ask whether a statement writes: SQLite says that better, afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 import apsw
@@ -44,27 +42,12 @@ class Guard:
     for a PRAGMA that would change a connection which several clients share (it belongs to the leader, R22).
     """
 
-    __slots__ = ("_paused", "_shared")
+    __slots__ = ("_shared",)
 
     def __init__(self, *, shared: bool) -> None:
         self._shared = shared
-        self._paused = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Let the caller's own statements pass, such as `PRAGMA query_only`.
-
-        Not for texts of clients: what is prepared inside may stay in the connection's statement cache.
-        """
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
 
     def __call__(self, action: int, first: str | None, second: str | None, schema: str | None, _: str | None) -> int:
-        if self._paused:
-            return apsw.SQLITE_OK
         if action == apsw.SQLITE_PRAGMA:
             self._check_pragma(first or "", second)
         elif action == apsw.SQLITE_FUNCTION:
