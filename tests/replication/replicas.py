@@ -291,6 +291,7 @@ class Replica:
         self.receive_gate.set()
         self.install_gate = asyncio.Event()
         self.install_gate.set()
+        self.calls: list[str] = []  # for seeds that keep a record
         self._logged = NOWHERE
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()

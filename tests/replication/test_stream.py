@@ -509,6 +509,44 @@ async def test_a_lost_connection_does_not_stop_an_install_halfway(tmp_path: Path
         assert (south.aborted_seeds, subscriber.statistics().seeds) == (0, 1)
 
 
+class SlowSeed(ReplicaSeed):
+    """Its disk holds up one write; `calls` says what came in which order."""
+
+    async def write(self, ltx: bytes) -> None:
+        calls = self.replica.calls
+        calls.append("write")
+        try:
+            await self.replica.install_gate.wait()
+            await super().write(ltx)
+        finally:
+            calls.append("written")
+
+    async def abort(self) -> None:
+        self.replica.calls.append("abort")
+        await super().abort()
+
+
+async def test_a_lost_connection_throws_a_snapshot_away_only_after_the_write_under_way(tmp_path: Path) -> None:
+    """R25: the write runs in a thread, and the descriptor it writes to is closed, and its number used again."""
+    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
+
+    async def seed(header: SnapshotHeader) -> ReplicaSeed:
+        return SlowSeed(south, header)
+
+    south.seed = seed  # type: ignore[method-assign]
+    south.install_gate.clear()
+    fast = SubscriberLimits(ack_seconds=0.005)
+    async with leader.serving(), Followers(leader, fast).following(south):
+        await eventually(lambda: south.calls == ["write"])
+        leader.cut_connections()
+        await eventually(lambda: not leader.publisher.statistics().followers)
+        await asyncio.sleep(0.05)
+        assert south.calls == ["write"]
+        south.install_gate.set()
+        await eventually(lambda: caught_up(leader, south))
+        assert south.calls[:3] == ["write", "written", "abort"]
+
+
 async def test_a_follower_that_was_held_up_itself_does_not_blame_the_leader(tmp_path: Path) -> None:
     leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
     brief = SubscriberLimits(silence_seconds=0.15)

@@ -54,7 +54,7 @@ class Seed(Protocol):
     """A snapshot being taken. Either `install` or `abort` is called at the end, once."""
 
     async def write(self, ltx: bytes) -> None:
-        """Take the next LTX bytes; waits when the disk is slower than the network."""
+        """Take the next LTX bytes; waits when the disk is slower than the network. Never cancelled in the middle."""
         ...
 
     async def install(self) -> None:
@@ -342,11 +342,15 @@ class Receiver:
     async def _on_snapshot_began(self, event: SnapshotBegan) -> None:
         self._check_fence()
         self._tally.seeds += 1
-        self._seed = await self._sink.seed(event.header)
+        await to_its_end(self._begin_seed(event.header))
+
+    async def _begin_seed(self, header: SnapshotHeader) -> None:
+        self._seed = await self._sink.seed(header)
 
     async def _on_snapshot_part(self, event: SnapshotPartReceived) -> None:
         assert self._seed is not None
-        await self._seed.write(event.data)
+        # `abort` comes next when the connection ends: a write still under way would go to a descriptor closed by then.
+        await to_its_end(self._seed.write(event.data))
 
     async def _on_snapshot_ended(self, event: SnapshotEnded) -> None:
         assert self._seed is not None
