@@ -44,8 +44,7 @@ from walship.engine.leader import Leader
 from walship.engine.log import FrameRef, Log
 from walship.engine.replica import Replica
 from walship.engine.retention import LogLimits
-from walship.engine.snapshot import Snapshot, ltx_chunks
-from walship.engine.verify import differing_pages
+from walship.engine.snapshot import ltx_chunks
 from walship.engine.watermarks import Watermarks
 from walship.engine.writer import Writer
 from walship.errors import CorruptData, Draining, NotLeader, Unavailable, WalshipError
@@ -62,6 +61,7 @@ from walship.node.promote import promote
 from walship.node.recover import recover
 from walship.node.report import Report
 from walship.node.role import Event, Role, next_role
+from walship.node.scrub import pin_follower, pin_leader, scrub
 from walship.replication.publisher import Publisher
 from walship.replication.subscriber import Identity, Subscriber
 from walship.service.limits import Limits
@@ -74,7 +74,6 @@ _log = logging.getLogger("walship.node")
 
 _RETENTION_SECONDS = 1.0
 _LOCATE_SECONDS = 1.0
-_SCRUB_BYTES_PER_SECOND = 200 << 20  # a background scan must not own the disk
 _ZERO = Position(0, 0)
 
 
@@ -447,47 +446,20 @@ class Node:
     async def _scrub(self) -> None:
         """Once after the start: every page against the array that history gave (R8)."""
         replica = await self._until_replica()
-
-        def pin() -> tuple[Snapshot, Any]:
-            return Snapshot.pin(replica.database), replica.checksums.copy()
-
         try:
-            if (leading := self.leading) is not None and self.writer is not None:
-                pinned = self.writer.run(lambda: (leading.pin_snapshot()[1], replica.checksums.copy()))
+            if self.leading is not None and self.writer is not None:
+                pinned = await pin_leader(self.leading, self.writer, replica)
             elif self.follower is not None:
-                pinned = self.follower.run_between_batches(pin)
+                pinned = await pin_follower(self.follower, replica)
             else:
                 return
-            await self._compare(*await pinned)
+            reason = await asyncio.to_thread(scrub, pinned, self.stop.is_set)
         except (Unavailable, Draining) as error:
             _log.info("scrub was not run reason=%s", error)
-
-    async def _compare(self, snapshot: Snapshot, expected: Any) -> None:
-        started = time.monotonic()
-
-        def pace(read_bytes: int) -> None:
-            ahead = read_bytes / _SCRUB_BYTES_PER_SECOND - (time.monotonic() - started)
-            if ahead > 0.01 and not self.stop.is_set():
-                time.sleep(min(ahead, 0.1))
-            if self.stop.is_set():
-                raise Draining("the node stops")
-
-        def compare() -> list[int]:
-            try:
-                return list(differing_pages(snapshot, expected, pace))
-            except CorruptData as error:
-                _log.error("scrub cannot read the database error=%s", error)
-                return [1]
-            finally:
-                snapshot.close()
-
-        differing = await asyncio.to_thread(compare)
-        if not differing:
-            self.verified_ms = now_ms()
             return
-        shown = ", ".join(map(str, differing[:10]))
-        reason = f"{len(differing)} pages differ from history (first: {shown})"
-        if self.follower is not None:
+        if reason is None:
+            self.verified_ms = now_ms()
+        elif self.follower is not None:
             self.follower.replace(reason)
         else:
             self.fail(CorruptData(f"{self.database.path}: {reason}; this leader must not go on serving them"))
