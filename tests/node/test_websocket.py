@@ -371,6 +371,48 @@ async def test_a_client_that_does_not_read_is_cut_off(leader: RealHost, monkeypa
         client.connection.transport.abort()
 
 
+async def test_clients_that_do_not_read_share_a_bound(leader: RealHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that has most waiting goes; the others, and who reads, go on."""
+    monkeypatch.setattr(shell, "SHARED_UNSENT_BYTES", 8 << 20)
+    app = NodeApp(leader.service, leader, name=leader.name)
+    async with (
+        asyncio.timeout(20),
+        serving(app, listen("127.0.0.1", 0), drain_seconds=1) as address,
+        connected(address.url) as hog,
+        connected(address.url) as reader,
+    ):
+        hog.connection.transport.pause_reading()
+        for stream in range(2, 30):
+            await hog.send("open_stream", stream_id=stream)
+            await hog.send("execute", stream_id=stream, stmt={"sql": MANY.format(20_000)})
+        await eventually(lambda: app._door.connections == 1)
+        assert await reader.run("SELECT 1") == [[1]]
+        assert app._door.unsent_bytes == app._door.jobs == app._door.job_bytes == 0
+        hog.connection.transport.abort()
+
+
+async def test_one_connection_does_not_run_everything_at_once(
+    leader: RealHost, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an open transaction goes on although all others wait for it."""
+    monkeypatch.setattr(shell, "RUNNING", 4)
+    async with connected(url) as client:
+        await client.run("CREATE TABLE t(a)")
+        await client.run("BEGIN IMMEDIATE")
+        sent: list[int] = []
+        for stream in range(2, 12):
+            await client.send("open_stream", stream_id=stream)
+            sent.append(
+                await client.send("execute", stream_id=stream, stmt={"sql": f"INSERT INTO t VALUES ({stream})"})
+            )
+        await client.run("INSERT INTO t VALUES (1)")
+        assert leader.service.status().active_calls == 4
+        await client.run("COMMIT")
+        for request_id in sent:
+            assert (await client.answer(request_id))["type"] == "response_ok"
+        assert await client.run("SELECT count(*) FROM t") == [[11]]
+
+
 async def test_pings_without_end_cost_nothing(url: str) -> None:
     """A client that sends pings and does not read the pongs is not read from either."""
     async with connected(url) as client:

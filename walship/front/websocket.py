@@ -8,8 +8,9 @@ that reads and one for each stream that has work, all in one task group:
 Everything is bounded. A lane with `LANE_JOBS` jobs, or too many jobs or bytes of them, stops the reading, and the
 kernel's window then stops the client. No connection runs more than `RUNNING` jobs at once, so that a few of them cannot
 take all there is to take. A client that does not take its answers gets no new ones begun, and is cut off after
-`STALL_SECONDS`. When a client goes away, what runs is run to its end (nothing that writes is cancelled), what is
-queued is dropped, and every stream is closed, which rolls back what was open.
+`STALL_SECONDS`, or when such clients fill the memory kept for them all. When a client goes away, what runs is run to
+its end (nothing that writes is cancelled), what is queued is dropped, and every stream is closed, which rolls back
+what was open.
 
 Our side never ends an idle connection. When the server stops, it sends `DRAIN` in place of a client's message: what
 runs and what is open may end first, then the connection is closed with 1012.
@@ -34,7 +35,7 @@ from walship.hrana.json import cursor_error, failed
 from walship.hrana.types import Batch, CloseRequest, ErrorBody, StreamRequest
 from walship.hrana.websocket import CloseCode
 
-__all__ = ["DRAIN", "Client", "ClientStream", "Door"]
+__all__ = ["ABORT", "DRAIN", "Client", "ClientStream", "Door"]
 
 _log = logging.getLogger("walship.front")
 
@@ -46,17 +47,21 @@ Result = bytes | msgspec.Raw
 DRAIN: Final = "walship.drain"
 """The type of the message by which the server says that it stops (walship/front/websocket_protocol.py)."""
 
+ABORT: Final = "walship.abort"
+"""The type of the message by which a connection is ended at once, whatever its client has not read yet."""
+
 PATH: Final = "/"
 STOPPING: Final = "The server is stopping; connect again"
 LANE_JOBS: Final = 8  # as sqld (hrana.md 1.6)
-RUNNING: Final = 64  # jobs at once on one connection; a transaction that is open always goes on
+RUNNING: Final = 32  # jobs at once on one connection; a transaction that is open always goes on
 SHARED_JOBS: Final = 16_384  # of all connections; beyond it each has SHARE_JOBS, the same for bytes
 SHARE_JOBS: Final = 16
 SHARED_BYTES: Final = 256 << 20
 SHARE_BYTES: Final = 64 << 10
 FETCH_BYTES: Final = 1_250_000  # of entries in one answer; the next fetch gets the next (sqld: an eighth of 10 MB)
 BUFFER_BYTES: Final = 30 << 20  # rows kept of a cursor that another request of its stream overtakes
-UNSENT_BYTES: Final = 16 << 20  # answers waiting for the client, beyond which no job is begun
+UNSENT_BYTES: Final = 4 << 20  # answers waiting for the client, beyond which no job is begun
+SHARED_UNSENT_BYTES: Final = 256 << 20  # of all connections; beyond it the one that has most is cut off
 STALL_SECONDS: Final = 60.0
 HELLO_SECONDS: Final = 30.0  # a client that has not said hello by then is none
 DRAIN_SHARE: Final = 0.8  # of the drain time; what is left is for saying goodbye
@@ -117,7 +122,12 @@ class Door:
         self.queued_bytes = queued_bytes
         self.drain_seconds = drain_seconds * DRAIN_SHARE
         self.max_connections = max_connections
-        self.connections = self.jobs = self.job_bytes = 0
+        self.jobs = self.job_bytes = self.unsent_bytes = 0
+        self._open: set[_Connection] = set()
+
+    @property
+    def connections(self) -> int:
+        return len(self._open)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
@@ -132,14 +142,26 @@ class Door:
         except ProtocolViolation as error:
             await _refuse(send, 400, str(error))
             return
-        self.connections += 1
+        connection = _Connection(self, Client(version, scope["headers"]), receive, send)
+        self._open.add(connection)
         try:
             await send({"type": "websocket.accept", "subprotocol": subprotocol})
-            await _Connection(self, Client(version, scope["headers"]), receive, send).serve()
+            await connection.serve()
         except OSError:
             return  # it went away while it was accepted
         finally:
-            self.connections -= 1
+            self._open.discard(connection)
+
+    async def make_room(self) -> None:
+        """Cut off who has most answers waiting, until all of them fit."""
+        if self.unsent_bytes <= SHARED_UNSENT_BYTES:
+            return
+        waiting = sorted((each for each in self._open if not each.over), key=lambda each: each.unsent_bytes)
+        unsent = sum(each.unsent_bytes for each in waiting)
+        while unsent > SHARED_UNSENT_BYTES:
+            largest = waiting.pop()
+            unsent -= largest.unsent_bytes
+            await largest.abort("it had most of the answers that fill the memory kept for clients that do not read")
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:
@@ -170,9 +192,9 @@ class _Connection:
         self._closing: set[_Lane] = set()  # their ids are free again, their last jobs are not done
         self._sending = asyncio.Lock()
         self._progress = asyncio.Event()  # a job ended, or an answer is out
-        self._jobs = self._job_bytes = self._unsent_bytes = 0
+        self._jobs = self._job_bytes = self.unsent_bytes = 0
         self._slots = asyncio.Semaphore(RUNNING)
-        self._over = False  # nothing can be sent any more
+        self.over = False  # nothing can be sent any more
         self._group: asyncio.TaskGroup
         self._reading: asyncio.Task[None]
 
@@ -237,7 +259,7 @@ class _Connection:
                     return False
         else:
             await self._enqueue(action, size)
-        return not self._over
+        return not self.over
 
     def _authenticate(self, jwt: str | None) -> list[core.Action]:
         try:
@@ -260,7 +282,7 @@ class _Connection:
         if not lane.running:
             lane.running = True
             self._group.create_task(self._work(lane), name=f"websocket stream {job.stream_id}")
-        while (len(lane.jobs) > LANE_JOBS or self._has_too_much()) and not self._over:
+        while (len(lane.jobs) > LANE_JOBS or self._has_too_much()) and not self.over:
             await self._wait()
 
     def _count(self, jobs: int, size: int) -> None:
@@ -285,14 +307,14 @@ class _Connection:
 
     async def _work(self, lane: _Lane) -> None:
         """Run the jobs of a lane until it has none."""
-        while lane.jobs and not self._over:
+        while lane.jobs and not self.over:
             free = lane.stream.in_transaction  # others may wait for just its end
             if not free:
                 await self._slots.acquire()
             try:
-                while self._unsent_bytes > UNSENT_BYTES and not self._over:
+                while self.unsent_bytes > UNSENT_BYTES and not self.over:
                     await self._wait()
-                if not self._over:
+                if not self.over:
                     await self._work_one(lane)
             finally:
                 if not free:
@@ -366,24 +388,38 @@ class _Connection:
     # --- out ----------------------------------------------------------------------------------------------------
 
     async def _send(self, data: bytes) -> None:
-        self._unsent_bytes += len(data)
+        self._count_unsent(len(data))
         try:
+            await self._door.make_room()
             async with asyncio.timeout(STALL_SECONDS), self._sending:
-                if not self._over:
+                if not self.over:
                     await self._asgi_send({"type": "websocket.send", "text": data.decode()})
-        except OSError as error:  # TimeoutError is one
-            if isinstance(error, TimeoutError):
-                _log.info("cut off websocket reason=took no answer for %g s", STALL_SECONDS)
+        except TimeoutError:
+            await self.abort(f"took no answer for {STALL_SECONDS:g} s")
+        except OSError:
             self._lose()
             self._reading.cancel()
         finally:
-            self._unsent_bytes -= len(data)
+            self._count_unsent(-len(data))
             self._progress.set()
+
+    def _count_unsent(self, size: int) -> None:
+        self.unsent_bytes += size
+        self._door.unsent_bytes += size
+
+    async def abort(self, reason: str) -> None:
+        """End the connection now: its client reads nothing, so it can be told nothing."""
+        if not self.over:
+            _log.info("cut off websocket reason=%s", reason)
+            self._lose()
+            self._reading.cancel()
+        with suppress(OSError):
+            await self._asgi_send({"type": ABORT})
 
     async def _hang_up(self, code: CloseCode, reason: str) -> None:
         try:
             async with asyncio.timeout(STALL_SECONDS), self._sending:
-                if not self._over:
+                if not self.over:
                     self._lose()
                     await self._asgi_send({"type": "websocket.close", "code": int(code), "reason": reason})
         except OSError:
@@ -391,14 +427,14 @@ class _Connection:
 
     def _lose(self) -> None:
         """Nothing more can be said; what waits for something is told to look again."""
-        self._over = True
+        self.over = True
         self._progress.set()
 
     async def _leave(self) -> None:
         """The server stops: let what runs and what is open end, for a bounded time, and say goodbye."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._door.drain_seconds):
-                while not self._over and any(map(_is_busy, [*self._lanes.values(), *self._closing])):
+                while not self.over and any(map(_is_busy, [*self._lanes.values(), *self._closing])):
                     await self._wait()
         await self._hang_up(CloseCode.RESTART, STOPPING)
         self._reading.cancel()

@@ -21,7 +21,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 
 from walship.front.protocol import Bounds
-from walship.front.websocket import DRAIN
+from walship.front.websocket import ABORT, DRAIN
 
 __all__ = ["WebSocketProtocol", "websocket_options"]
 
@@ -59,6 +59,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             cast("Any", self.queue).put_nowait({"type": DRAIN})
         else:
             super().shutdown()
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == ABORT:
+            self.transport.abort()
+        else:
+            await super().send(message)
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)
