@@ -72,20 +72,24 @@ class NodeMetrics(Metrics):
             "walship_group_commits", "Commits that shared one fdatasync of the -wal", _GROUP_BUCKETS
         )
         self.fdatasync_seconds = self._histogram(
-            "walship_fdatasync_seconds", "Duration of fdatasync", _SYNC_BUCKETS, ["file"]
+            "walship_fdatasync_seconds",
+            "Duration of fdatasync, by file: wal (leader), log (follower)",
+            _SYNC_BUCKETS,
+            ["file"],
         )
         self.log_bytes = self._gauge("walship_log_bytes", "Bytes the log holds")
         self.wal_bytes = self._gauge("walship_wal_bytes", "Size of the -wal file in bytes")
         self.oldest_reader_seconds = self._gauge(
             "walship_oldest_reader_seconds", "Age of the oldest read transaction; it keeps the -wal from restarting"
         )
-        self.checkpoints = self._counter("walship_checkpoints", "Checkpoints run, by result", ["result"])
+        self.checkpoints = self._counter(
+            "walship_checkpoints", "Attempts to empty the -wal, by result: done, held back", ["result"]
+        )
         self.snapshots = self._counter("walship_snapshots", "Snapshots sent to or installed from a peer", ["direction"])
         self.history_mismatches = self._counter(
             "walship_history_mismatches", "Times this node's history differed from its leader's and it re-seeded"
         )
         self.reconnects = self._counter("walship_reconnects", "Replication connections this follower had to open")
-        self.requests = self._counter("walship_node_requests", "Requests run by this node", ["kind", "outcome"])
 
 
 class ProxyMetrics(Metrics):

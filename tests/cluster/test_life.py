@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import apsw
+import httpx
 
 from tests.cluster.harness import Cluster, Process, Up, content_of, eventually, same_files, say
 from tests.cluster.load import Load
@@ -80,3 +82,31 @@ def test_a_node_stops_at_once_while_it_still_starts(tmp_path: Path) -> None:
         assert node.stop() == 0
     finally:
         node.end()
+
+
+def test_a_node_whose_files_are_taken_away_ends_and_says_so(start_cluster: Callable[..., Cluster]) -> None:
+    """engine.md T16: SQLite elsewhere would make new files by these names, and write where nobody looks."""
+    cluster = start_cluster(nodes=2)
+    node = cluster.processes["n2"]
+    database = cluster.database("n2")
+    database.with_name(database.name + "-wal").unlink()
+    assert node.wait() == 1
+    assert "was deleted or replaced" in node.log_tail()
+    cluster.start_node("n2")
+    with cluster.client() as client:
+        client.execute("CREATE TABLE w (v)")
+    cluster.wait_level()
+
+
+def test_the_metrics_of_both_roles_move(start_cluster: Callable[..., Cluster]) -> None:
+    """docs/operations.md, "Metrics": the disk is seen where it holds an acknowledgment up, on either side."""
+    cluster = start_cluster(nodes=2)
+    with cluster.client() as client:
+        client.execute("CREATE TABLE w (v)")
+        for _ in range(40):
+            client.execute("INSERT INTO w SELECT randomblob(1000000)")
+    cluster.wait_level()
+    leader, follower = (httpx.get(cluster.processes[name].url + "/metrics").text for name in cluster.names)
+    for text, file in ((leader, "wal"), (follower, "log")):
+        assert re.search(rf'^walship_fdatasync_seconds_count{{file="{file}"}} [1-9]', text, re.MULTILINE)
+        assert re.search(r'^walship_checkpoints_total{result="done"} [1-9]', text, re.MULTILINE)

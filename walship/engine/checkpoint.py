@@ -15,7 +15,7 @@ from enum import Enum, auto
 
 import apsw
 
-__all__ = ["CheckpointPolicy", "Step", "passive", "restart", "truncate"]
+__all__ = ["CheckpointPolicy", "CheckpointTally", "Step", "passive", "restart", "truncate"]
 
 
 class Step(Enum):
@@ -59,6 +59,20 @@ class CheckpointPolicy:
 
     def emptied(self) -> None:
         self._next_passive_bytes = self._next_truncate_bytes = 0
+
+
+@dataclass(slots=True)
+class CheckpointTally:
+    """Attempts to empty the -wal (or to let it begin anew) since the process began. One thread counts, any may read."""
+
+    done: int = 0
+    held_back: int = 0  # by a reader, or somebody who writes
+
+    def count(self, *, done: bool) -> None:
+        if done:
+            self.done += 1
+        else:
+            self.held_back += 1
 
 
 def passive(connection: apsw.Connection) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from walship.engine.checkpoint import CheckpointTally
 from walship.engine.database import Database
 from walship.engine.durable_state import StateFile, Truth
 from walship.engine.intake import Intake
@@ -41,7 +42,6 @@ _log = logging.getLogger("walship.engine")
 _HELD_ACKS_BYTES = 64 << 20  # R13
 _HELD_ACKS_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
-_EVERYTHING = Position(1 << 63, 1 << 63)
 
 
 @dataclass(slots=True)
@@ -73,8 +73,9 @@ class Follower:
     Args:
         replica: what recovery opened, or None when the node has no database yet (or a broken one).
         acks: acknowledgments the cluster waits for; voter: whether this node's count.
-        on_replica: called on the loop when the first seed made a database.
+        on_replica: called on the loop when a seed was installed.
         on_failure: called on the loop with StorageFailed or an unforeseen error: the process must end.
+        on_sync: called in some thread with the seconds that each fsync of the log took.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Follower:
         watermarks: Watermarks,
         on_replica: Callable[[Replica], None],
         on_failure: Callable[[BaseException], None],
+        on_sync: Callable[[float], None] = lambda _seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.voter = voter
@@ -100,6 +102,7 @@ class Follower:
         self.keep_from = 0
         self.leader_tip: Position | None = None
         self.mismatches = 0
+        self.checkpoints = CheckpointTally()
         self._directory = directory
         self._state = state
         self._cluster = cluster
@@ -108,6 +111,7 @@ class Follower:
         self._applies_at_once = voter and acks <= 1
         self._on_replica = on_replica
         self._on_failure = on_failure
+        self._on_sync = on_sync
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._progressed = asyncio.Event()
@@ -320,11 +324,13 @@ class Follower:
             marks,
             bound=self._bound,
             on_failure=lambda error: self._from_thread(self._thread_failed, error),
+            checkpoints=self.checkpoints,
         )
         self._intake = Intake(
             replica.log,
             on_logged=self._on_logged,
             on_failure=lambda error: self._from_thread(self._thread_failed, error),
+            on_sync=self._on_sync,
         )
         self._replayer.start()
 

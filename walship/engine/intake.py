@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
@@ -37,16 +38,23 @@ class _What(Enum):
 class Intake:
     """Appends frames to `log` in its own thread.
 
-    on_logged: called in that thread with the durable tip after each fsync. on_failure: called in that thread once,
+    on_logged: called in that thread with the durable tip after each fsync, and the bytes of frames that it covers.
+    on_sync: called in that thread with the seconds that each fsync took. on_failure: called in that thread once,
     with what made it end (StorageFailed, HistoryMismatch, CorruptRecord).
     """
 
     def __init__(
-        self, log: Log, *, on_logged: Callable[[Tip, int], None], on_failure: Callable[[BaseException], None]
+        self,
+        log: Log,
+        *,
+        on_logged: Callable[[Tip, int], None],
+        on_failure: Callable[[BaseException], None],
+        on_sync: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self._log = log
         self._on_logged = on_logged
         self._on_failure = on_failure
+        self._on_sync = on_sync
         self._items: deque[tuple[_What, FrameHeader | None, bytes]] = deque()
         self._queued_bytes = 0
         self._changed = threading.Condition()
@@ -130,7 +138,9 @@ class Intake:
                 self._queued_bytes -= len(data)
         if appended_bytes:
             failpoints.reach("follower.logged")
+            started = time.monotonic()
             tip = self._log.sync()
+            self._on_sync(time.monotonic() - started)
             failpoints.reach("follower.synced")
             self._on_logged(tip, appended_bytes)
         self._wake_loop()

@@ -22,7 +22,7 @@ import apsw
 
 from walship.engine import failpoints
 from walship.engine.capture import Capture, Captured, WalPoint
-from walship.engine.checkpoint import passive, restart, truncate
+from walship.engine.checkpoint import CheckpointTally, passive, restart, truncate
 from walship.engine.database import Database, holding_write
 from walship.engine.durable_state import FileStamp, StateFile, WalBase
 from walship.engine.log import FrameRef, Log
@@ -126,6 +126,7 @@ class Leader:
         self._attempt_after_bytes = 0
         self._held_back_since: float | None = None
         self.group_frames = 0
+        self.checkpoints = CheckpointTally()
 
     @property
     def tip(self) -> Tip:
@@ -187,6 +188,7 @@ class Leader:
         if size_bytes < max(CHECKPOINT_BYTES, self._attempt_after_bytes):
             return False
         done = self.checkpoint()
+        self.checkpoints.count(done=done)
         # A long reader can hold the reset back; do not pay for an attempt after every group meanwhile.
         self._attempt_after_bytes = 0 if done else size_bytes + CHECKPOINT_BYTES
         return done

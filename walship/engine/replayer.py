@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from walship.engine.apply import Applier
-from walship.engine.checkpoint import CheckpointPolicy, Step, passive, truncate
+from walship.engine.checkpoint import CheckpointPolicy, CheckpointTally, Step, passive, truncate
 from walship.engine.log import FrameRef
 from walship.engine.replay import merge_frames
 from walship.engine.replica import Replica
@@ -38,7 +38,7 @@ _PATIENT_TRUNCATE_MS = 1000
 class Replayer:
     """Applies frames of `replica.log` up to `bound()`; used by `Follower`.
 
-    on_applied: called in the thread after each batch. on_failure: called once, with what made the thread end.
+    on_failure: called once, with what made the thread end. checkpoints: where attempts to empty the -wal are counted.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Replayer:
         *,
         bound: Callable[[], Position],
         on_failure: Callable[[BaseException], None],
+        checkpoints: CheckpointTally | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._replica = replica
@@ -58,6 +59,7 @@ class Replayer:
         self._applier = Applier(replica.database)
         self._checkpointer = replica.database.connect_writer()
         self._policy = CheckpointPolicy()
+        self._checkpoints = checkpoints or CheckpointTally()
         self._tasks: deque[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]] = deque()
         self._changed = threading.Condition()
         self._woken = True
@@ -228,7 +230,9 @@ class Replayer:
             passive(self._checkpointer)
             return
         timeout_ms = _TRUNCATE_MS if step is Step.TRUNCATE else _PATIENT_TRUNCATE_MS
-        if truncate(self._checkpointer, timeout_ms):
+        emptied = truncate(self._checkpointer, timeout_ms)
+        self._checkpoints.count(done=emptied)
+        if emptied:
             self._policy.emptied()
             self._applier.accept_emptied()
             self._held_back_since = None

@@ -347,6 +347,7 @@ class Node:
             watermarks=self.watermarks,
             on_replica=self._on_replica,
             on_failure=self.fail,
+            on_sync=self.report.observe_log_sync,
         )
         identity = Identity(self.cluster, self.node_id, self.name, self.boot_nonce)
         credential = member.record.credential("replication")
@@ -427,7 +428,8 @@ class Node:
         self.service = await stack.enter_async_context(Service(self, Limits.of(self.config)))
 
     async def _retain(self) -> None:
-        """Prune the log: never past the mark, kept for the slowest follower within bounds (R9)."""
+        """Prune the log: never past the mark, kept for the slowest follower within bounds (R9). And see that nobody
+        took the files away: two -wal files of one database would come to differ (engine.md T16)."""
         while True:
             await asyncio.sleep(_RETENTION_SECONDS)
             replica = self.replica
@@ -436,6 +438,7 @@ class Node:
             keep_from = self.publisher.keep_from() if self.publisher is not None else self._keep_from()
             replica.marks.touch()
             try:
+                replica.database.check_files()
                 await asyncio.to_thread(replica.log.prune, keep_from=keep_from, now_ms=now_ms())
             except WalshipError as error:
                 self.fail(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter
@@ -76,6 +77,10 @@ class Report:
         """A group commit of the leader, in its writer thread."""
         self.numbers.group_commits.observe(commits)
         self.numbers.fdatasync_seconds.labels("wal").observe(sync_seconds)
+
+    def observe_log_sync(self, sync_seconds: float) -> None:
+        """A follower's fsync of its log, in its intake thread."""
+        self.numbers.fdatasync_seconds.labels("log").observe(sync_seconds)
 
     def link_status(self) -> link.Status:
         """What proxies route by. `in_flight` is filled in by the link server."""
@@ -159,9 +164,13 @@ class Report:
                     "applied": str(each.applied),
                     "lag_txids": each.lag_txids,
                     "lag_bytes": each.lag_bytes,
+                    "last_ack_age_seconds": round(each.last_ack_age_seconds, 3),
                 }
                 for each in published.followers
             ]
+            details["refusals"] = published.refusals
+        if node.service is not None:
+            details["service"] = asdict(node.service.status())
         if node.subscriber is not None and node.follower is not None:
             subscribed = node.subscriber.statistics()
             details["replication"] = {
@@ -193,6 +202,9 @@ class Report:
         if node.follower is not None:
             metrics.oldest_reader_seconds.set(node.follower.held_back_seconds())
             metrics.lag_bytes.set(node.follower.lag_bytes())
+        if (engine := node.leading or node.follower) is not None:
+            self._count_to(metrics.checkpoints.labels("done"), engine.checkpoints.done)
+            self._count_to(metrics.checkpoints.labels("held back"), engine.checkpoints.held_back)
         if node.subscriber is not None:
             subscribed = node.subscriber.statistics()
             self._count_to(metrics.history_mismatches, subscribed.mismatches)
