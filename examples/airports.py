@@ -1,9 +1,10 @@
 """A small real application on a walship cluster: 28,000 airports, one writer, several readers, three equal files.
 
-It uses an unmodified libSQL client (PyPI `libsql`, or `turso-serverless` by `--client turso`) and knows nothing of
-walship but a URL. What it does: load the airports of PyPI `airportsdata`; then, for a while, one process writes
-visits, reading each one back at once over another connection, while reader processes ask for airports near a point,
-countries and totals. At the end it says who answered how much, and compares the copies of all nodes byte for byte.
+It uses an unmodified libSQL client (PyPI `libsql`, or another one by `--client`: airport_clients.py) and knows nothing
+of walship but a URL. What it does: load the airports of PyPI `airportsdata`; then, for a while, writer processes write
+visits, each reading its own back at once over another connection, while reader processes ask for airports near a
+point, countries and totals. Nothing is retried. At the end it says who answered how much, and compares the copies of
+all nodes byte for byte.
 
     python examples/airports.py --up                          # its own cluster, in a temporary directory
     python examples/airports.py --url http://127.0.0.1:8080   # a running one (`make up`)
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import multiprocessing
 import random
@@ -33,10 +33,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 import airportsdata
 import httpx
+from airport_clients import CLIENTS, connect, modules
 from rich.console import Console
 from rich.table import Table
 
@@ -61,6 +63,7 @@ WHERE run = ? GROUP BY country ORDER BY visits DESC LIMIT 10
 """
 PROGRESS = "SELECT count(*), coalesce(max(number), 0) FROM visits WHERE run = ?"
 ROWS_A_STATEMENT = 100
+START_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -75,19 +78,11 @@ class Outcome:
         return Outcome(self.reads + other.reads, self.writes + other.writes, self.misses + other.misses)
 
 
-def connect(client: str, url: str) -> Any:
-    """A DB-API connection by an unmodified client library."""
-    if client == "libsql":
-        import libsql
-
-        return libsql.connect(url)
-    import turso_serverless
-
-    return turso_serverless.connect(url)
-
-
 def load(connection: Any, rows: list[dict[str, Any]]) -> None:
-    """All airports in one transaction, a hundred a statement: a request per row would be 28,000 round trips."""
+    """All airports in one transaction, a hundred a statement: a request per row would be 28,000 round trips.
+
+    (A client that knows no transactions over HTTP commits each statement.)
+    """
     for statement in filter(str.strip, SCHEMA.split(";")):
         connection.execute(statement)
         connection.commit()
@@ -99,54 +94,74 @@ def load(connection: Any, rows: list[dict[str, Any]]) -> None:
     connection.commit()
 
 
-def write(client: str, url: str, run: str, codes: list[str], acknowledged: Synchronized[int], stop: Any) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a child process needs: whom to ask, whose visits, and how it is told to begin and to end."""
+
+    client: str
+    url: str
+    run: str
+    acknowledged: Synchronized[int]
+    ready: Any
+    stop: Any
+
+    def begin(self) -> Iterator[None]:
+        """Wait until every process is connected; then once for each round, until told to stop."""
+        self.ready.wait(START_SECONDS)
+        while not self.stop.is_set():
+            yield
+
+    def connect(self) -> contextlib.closing[Any]:
+        return contextlib.closing(connect(self.client, self.url))
+
+
+def write(job: Job, codes: list[str]) -> Outcome:
     """Write visits until told to stop; each is read back at once over a second connection."""
     outcome = Outcome()
-    writing, reading = connect(client, url), connect(client, url)
-    pick = random.Random(run)
-    for number in itertools.count(1):
-        if stop.is_set():
-            return outcome
-        visit = (run, number, pick.choice(codes), pick.randrange(1, 400))
-        writing.execute("INSERT INTO visits (run, number, icao, passengers) VALUES (?, ?, ?, ?)", visit)
-        writing.commit()
-        acknowledged.value = number
-        outcome.writes += 1
-        found = reading.execute("SELECT * FROM visits WHERE run = ? AND number = ?", (run, number)).fetchone()
-        outcome.reads += 1
-        if found is None or tuple(found) != visit:
-            outcome.misses.append(f"visit {number} was acknowledged, the read after it gave {found}")
-    raise AssertionError("itertools.count ended")
-
-
-def read(client: str, url: str, run: str, seed: int, acknowledged: Synchronized[int], stop: Any) -> Outcome:
-    """Query until told to stop. Every round also checks that nothing acknowledged is missing and time never runs
-    backwards."""
-    outcome = Outcome()
-    connection = connect(client, url)
-    pick = random.Random(seed)
-    seen = 0
-    while not stop.is_set():
-        connection.execute(NEAREST, (pick.uniform(-60, 70), pick.uniform(-180, 180))).fetchall()
-        connection.execute(OF_COUNTRY, (pick.choice(("US", "DE", "BR", "JP", "ZA", "IS")),)).fetchall()
-        connection.execute(BUSIEST, (run,)).fetchall()
-        floor = max(seen, acknowledged.value)
-        count, highest = connection.execute(PROGRESS, (run,)).fetchone()
-        outcome.reads += 4
-        if count != highest:
-            outcome.misses.append(f"{count} visits are there, the last is number {highest}: one in between is missing")
-        if count < floor:
-            outcome.misses.append(f"{count} visits are there, after {floor} had been seen or acknowledged")
-        seen = count
+    pick = random.Random(job.run)
+    with job.connect() as writing, job.connect() as reading:
+        for number, _ in enumerate(job.begin(), 1):
+            visit = (job.run, number, pick.choice(codes), pick.randrange(1, 400))
+            writing.execute("INSERT INTO visits (run, number, icao, passengers) VALUES (?, ?, ?, ?)", visit)
+            writing.commit()
+            job.acknowledged.value = number
+            outcome.writes += 1
+            found = reading.execute("SELECT * FROM visits WHERE run = ? AND number = ?", (job.run, number)).fetchone()
+            outcome.reads += 1
+            if found is None or tuple(found) != visit:
+                outcome.misses.append(f"visit {number} was acknowledged, the read after it gave {found}")
     return outcome
 
 
-def _process(results: Any, work: Any, *arguments: Any) -> None:
+def read(job: Job, seed: int) -> Outcome:
+    """Query until told to stop. Every round also checks that nothing acknowledged is missing and time never runs
+    backwards."""
+    outcome = Outcome()
+    pick = random.Random(seed)
+    seen = 0
+    with job.connect() as connection:
+        for _ in job.begin():
+            connection.execute(NEAREST, (pick.uniform(-60, 70), pick.uniform(-180, 180))).fetchall()
+            connection.execute(OF_COUNTRY, (pick.choice(("US", "DE", "BR", "JP", "ZA", "IS")),)).fetchall()
+            connection.execute(BUSIEST, (job.run,)).fetchall()
+            floor = max(seen, job.acknowledged.value)
+            count, highest = connection.execute(PROGRESS, (job.run,)).fetchone()
+            outcome.reads += 4
+            if count != highest:
+                outcome.misses.append(f"{count} visits are there, the last is number {highest}: one is missing")
+            if count < floor:
+                outcome.misses.append(f"{count} visits are there, after {floor} had been seen or acknowledged")
+            seen = count
+    return outcome
+
+
+def _process(results: Any, work: Any, job: Job, argument: Any) -> None:
     """The main of every child: its outcome, or its error in words, goes into the queue."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which tells us to stop
     try:
-        results.put(work(*arguments))
+        results.put(work(job, argument))
     except Exception as error:  # noqa: BLE001 - a child has nobody else to tell
+        job.ready.abort()
         results.put(Outcome(misses=[f"{work.__name__} failed: {type(error).__name__}: {error}"]))
 
 
@@ -207,23 +222,30 @@ def exercise(url: str, options: argparse.Namespace, console: Console) -> tuple[O
     cluster = Cluster(url)
     rows = list(airportsdata.load("ICAO").values())[: options.rows or None]
     started = time.perf_counter()
-    load(connect(options.client, url), rows)
+    with contextlib.closing(connect(options.client, url)) as connection:
+        load(connection, rows)
     console.print(f"{len(rows):,} airports loaded through {url} in {time.perf_counter() - started:.1f} s")
 
-    run = secrets.token_hex(4)
-    context = multiprocessing.get_context("spawn")  # the libsql client keeps the GIL while it waits: threads would too
-    acknowledged, stop, results = context.Value("q", 0), context.Event(), context.Queue()
+    runs = [secrets.token_hex(4) for _ in range(options.writers)]
+    # Processes: the libsql client keeps the GIL while it waits. From a server that has imported what takes long.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["airportsdata", "httpx", "rich.console", "rich.table", *modules(options.client)])
+    stop, results = context.Event(), context.Queue()
+    ready = context.Barrier(options.writers + options.readers + 1)
+    jobs = [Job(options.client, url, run, context.Value("q", 0), ready, stop) for run in runs]
     codes = [row["icao"] for row in rows]
-    works: list[tuple[Any, ...]] = [(write, options.client, url, run, codes, acknowledged, stop)]
-    works += [(read, options.client, url, run, seed, acknowledged, stop) for seed in range(options.readers)]
+    works: list[tuple[Any, ...]] = [(write, job, codes) for job in jobs]
+    works += [(read, jobs[seed % len(jobs)], seed) for seed in range(options.readers)]  # each follows one writer
     children = [context.Process(target=_process, args=(results, *work)) for work in works]
     before = {node["name"]: node["reads"] for node in cluster.nodes()}
     worst: Counter[str] = Counter()
-    started = time.perf_counter()
     for child in children:
         child.start()
+    with contextlib.suppress(BrokenBarrierError):  # a child that could not begin says why in its outcome
+        ready.wait(START_SECONDS)
+    started = time.perf_counter()
     try:
-        while time.perf_counter() - started < options.seconds:
+        while time.perf_counter() - started < options.seconds and not ready.broken:
             for node in cluster.nodes():
                 worst[node["name"]] = max(worst[node["name"]], node["lag_txids"] or 0)
             time.sleep(0.1)
@@ -237,10 +259,11 @@ def exercise(url: str, options: argparse.Namespace, console: Console) -> tuple[O
     statuses = cluster.wait_equal()
     _print_nodes(console, cluster.nodes(), before, worst)
     console.print(
-        f"{outcome.writes:,} visits written one by one and {outcome.reads:,} reads by {options.readers + 1} processes "
+        f"{outcome.writes:,} visits written one by one and {outcome.reads:,} reads by {len(works)} processes "
         f"in {elapsed:.1f} s; {len(outcome.misses)} misses"
     )
-    total, _ = connect(options.client, url).execute(PROGRESS, (run,)).fetchone()
+    with contextlib.closing(connect(options.client, url)) as connection:
+        total = sum(connection.execute(PROGRESS, (run,)).fetchone()[0] for run in runs)
     if total != outcome.writes:
         outcome.misses.append(f"{outcome.writes} visits were acknowledged, {total} are there")
     checksums = {status["name"]: f"{status['log']['tip']} {status['log']['checksum']}" for status in statuses}
@@ -273,8 +296,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="a proxy (default %(default)s)")
     parser.add_argument("--up", action="store_true", help="start an own cluster in a temporary directory")
-    parser.add_argument("--client", choices=("libsql", "turso"), default="libsql", help="client library")
+    parser.add_argument("--client", choices=CLIENTS, default="libsql", help="client library (default %(default)s)")
     parser.add_argument("--rows", type=int, default=0, help="airports to load (default all)")
+    parser.add_argument("--writers", type=int, default=1, help="writer processes (default %(default)s)")
     parser.add_argument("--readers", type=int, default=3, help="reader processes (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long to write and read (default %(default)s)")
     options = parser.parse_args()

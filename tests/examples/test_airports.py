@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.airports import own_cluster
+from tests.cluster.harness import Up
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 AIRPORTS = [sys.executable, str(EXAMPLES / "airports.py"), "--rows", "300", "--readers", "1", "--seconds", "1"]
+PYTHON_CLIENTS = ["libsql", "turso", "sqlalchemy", "libsql-client", "libsql-client-ws", "django"]
 
 
 def run(command: list[str]) -> str:
@@ -24,8 +26,11 @@ def run(command: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with own_cluster(tmp_path_factory.mktemp("cluster") / "data") as url:
-        yield url
+    up = Up(tmp_path_factory.mktemp("cluster") / "data")
+    try:
+        yield up.start().url
+    finally:
+        up.end()
 
 
 def test_airports_compares_the_files_of_its_own_cluster() -> None:
@@ -36,9 +41,11 @@ def test_airports_compares_the_files_of_its_own_cluster() -> None:
     assert "the 3 database files are byte-identical" in shown
 
 
-@pytest.mark.parametrize("client", ["libsql", "turso"])
-def test_airports_runs_on_a_cluster_that_is_there(url: str, client: str) -> None:
-    shown = run([*AIRPORTS, "--url", url, "--client", client])
+@pytest.mark.parametrize("client", PYTHON_CLIENTS)
+def test_sixteen_writers_of_each_client_read_every_own_write(url: str, client: str) -> None:
+    """Issue 4: on a cluster that is there already, and no client retries."""
+    shown = run([*AIRPORTS, "--url", url, "--client", client, "--writers", "16"])
+    assert re.search(r"[1-9][0-9,]* visits written one by one and [0-9,]+ reads by 17 processes", shown), shown
     assert "0 misses" in shown
     assert "all 3 nodes at position and rolling checksum" in shown
 
