@@ -13,6 +13,7 @@ import pytest
 
 from walship import errors
 from walship.config import NODE, PROXY, STATUS, UP, Setting
+from walship.hrana.http import STATUSES
 from walship.metrics import NodeMetrics, ProxyMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,6 +159,19 @@ def test_every_setting_is_documented(command: str, table: tuple[Setting, ...]) -
 def test_every_metric_is_documented(heading: str, metrics: NodeMetrics | ProxyMetrics) -> None:
     text = (ROOT / "docs" / "operations.md").read_text("utf-8")
     assert sorted(first_column(section(text, heading))) == metrics.names()
+
+
+def test_every_error_is_documented() -> None:
+    """docs/errors.md: each code, and the HTTP status of those that have a row."""
+    text = (ROOT / "docs" / "errors.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (\d{3}) \|", text, re.MULTILINE))
+    for kind in (getattr(errors, name) for name in errors.__all__):
+        if kind is errors.AuthFailed:
+            continue  # docs/security.md has its codes
+        assert f"`{kind.code}`" in text, f"{kind.__name__} is not in docs/errors.md"
+        status = next(STATUSES[each] for each in kind.__mro__ if each in STATUSES)
+        if kind.code in rows and kind is not errors.DatabaseRefused:
+            assert rows[kind.code] == str(status), kind.code
 
 
 def test_every_dependency_has_its_line() -> None:
