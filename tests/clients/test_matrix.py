@@ -10,6 +10,7 @@ from tests.clients.matrix import CLIENTS, PAGE, Client, Outcome, installed, rend
 from tests.clients.steps import STEPS
 from tests.cluster.harness import Up
 
+pytestmark = pytest.mark.timeout(300)  # the first test waits for the run of all clients
 PRESENT = tuple(client for client in CLIENTS if not installed(client))
 of_each_client = pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
 
