@@ -18,7 +18,8 @@ COPY --from=build /opt/walship /opt/walship
 ENV PATH=/opt/walship/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     WALSHIP_HEALTH=http://127.0.0.1:8080/health
-USER walship
+# By number: Kubernetes' runAsNonRoot does not trust a name.
+USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8080
