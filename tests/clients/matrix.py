@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
@@ -163,7 +163,7 @@ class _Run:
 
     def go_on(self) -> None:
         assert self._popen.stdin is not None
-        if self._popen.poll() is None:
+        with suppress(BrokenPipeError):  # it has ended; `read` finds out and says what it said
             self._popen.stdin.write("\n")
             self._popen.stdin.flush()
 
@@ -174,7 +174,8 @@ class _Run:
         self._drain.join()
         for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # what could not be written is still in the buffer
+                    pipe.close()
 
 
 def run_all(url: str, clients: tuple[Client, ...] = CLIENTS) -> dict[str, Outcome]:
