@@ -120,7 +120,7 @@ def _nearest(behind: Sequence[Candidate], *, patient: bool) -> list[Candidate]:
         behind = [candidate for candidate in behind if (candidate.lag_ms or 0) <= NEAR_LAG_MS]
     if not behind:
         return []
-    term, txid = max((candidate.applied.term, candidate.applied.txid) for candidate in behind)
+    term, txid = max(candidate.applied.order() for candidate in behind)
     return [
         candidate
         for candidate in behind

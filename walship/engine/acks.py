@@ -27,7 +27,7 @@ class AckTracker:
     def record(self, node_id: str, durable: Position) -> None:
         """A voter says that everything up to `durable` is on its disk. Never goes back."""
         known = self._durable.get(node_id)
-        if known is None or (durable.term, durable.txid) > (known.term, known.txid):
+        if known is None or durable.order() > known.order():
             self._durable[node_id] = durable
 
     def forget(self, node_id: str) -> None:

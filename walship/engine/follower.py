@@ -55,14 +55,14 @@ class LagMeter:
         return cls(deque(maxlen=4096))
 
     def heard(self, tip: Position, now: float) -> None:
-        if not self._heard or (tip.term, tip.txid) > (self._heard[-1][0].term, self._heard[-1][0].txid):
+        if not self._heard or tip.order() > self._heard[-1][0].order():
             if len(self._heard) == self._heard.maxlen:
                 # Every second one goes, never the oldest: the answer stays about right however long it takes.
                 self._heard = deque(itertools.islice(self._heard, 0, None, 2), maxlen=self._heard.maxlen)
             self._heard.append((tip, now))
 
     def seconds(self, applied: Position, now: float) -> float:
-        while self._heard and (applied.term, applied.txid) >= (self._heard[0][0].term, self._heard[0][0].txid):
+        while self._heard and applied.order() >= self._heard[0][0].order():
             self._heard.popleft()
         return now - self._heard[0][1] if self._heard else 0.0
 
@@ -172,7 +172,7 @@ class Follower:
         self.lag.heard(tip, self._clock())
         self.keep_from = keep_from
         known = self.watermarks.acked
-        if (acked.term, acked.txid) > (known.term, known.txid):
+        if acked.order() > known.order():
             self.watermarks.acked = acked
             if not self._applies_at_once and self._replayer is not None:
                 self._replayer.wake()
@@ -193,7 +193,7 @@ class Follower:
     async def seed(self, header: SnapshotHeader) -> FollowerSeed:
         """Raises HistoryMismatch when the snapshot would take back what this voter acknowledged (R9)."""
         logged, offered = self.watermarks.logged, header.position
-        if self.voter and (offered.term, offered.txid) < (logged.term, logged.txid):
+        if self.voter and offered.order() < logged.order():
             raise HistoryMismatch(
                 f"a snapshot at {offered} was offered, but this voter has acknowledged everything up to {logged}. "
                 "It was not taken; the log is kept."
@@ -341,7 +341,7 @@ class Follower:
         if self._applies_at_once:
             return logged
         acked = self.watermarks.acked
-        return min(logged, acked, key=lambda position: (position.term, position.txid))
+        return min(logged, acked, key=Position.order)
 
     def _on_logged(self, tip: Tip, size_bytes: int) -> None:
         """Intake thread."""
@@ -362,7 +362,7 @@ class Follower:
         behind_bytes = self.lag_bytes() if self._applies_at_once else 0
         if behind_seconds <= _HELD_ACKS_SECONDS and behind_bytes <= _HELD_ACKS_BYTES:
             return logged
-        return max(last or applied, applied, key=lambda p: (p.term, p.txid))
+        return max(last or applied, applied, key=Position.order)
 
     def _on_marks(self) -> None:
         self._progressed.set()
@@ -405,7 +405,7 @@ class Follower:
         marks = self.watermarks
         floor = marks.applied
         # Readers may have been shown a longer history that is no more (a re-seed); positions never fall in one life.
-        shown = tip.position if (tip.position.term, tip.position.txid) >= (floor.term, floor.txid) else floor
+        shown = tip.position if tip.position.order() >= floor.order() else floor
 
         def publishing() -> None:
             marks.publishing = shown

@@ -46,7 +46,7 @@ class FrameNumbering:
         """Count on, to the last log frame at or before `limit`."""
         while (ref := self._log.next_after(self._end)) is not None:
             position = ref.header.position
-            if (position.term, position.txid) > (limit.term, limit.txid):
+            if position.order() > limit.order():
                 return
             if not ref.header.is_term_start:
                 self._totals.append(self.page_count + len(self._index(ref)[1]))

@@ -178,13 +178,13 @@ class Replayer:
 
     def _next_frames(self) -> list[FrameRef]:
         bound = self._bound()
-        limit = (bound.term, bound.txid)
+        limit = bound.order()
         refs: list[FrameRef] = []
         size_bytes = 0
         for ref in itertools.islice(self._replica.log.frames_after(self.applied.position), _MERGED_FRAMES):
             position = ref.header.position
             size_bytes += ref.payload_bytes
-            if (position.term, position.txid) > limit or (refs and size_bytes > _MERGED_BYTES):
+            if position.order() > limit or (refs and size_bytes > _MERGED_BYTES):
                 break
             refs.append(ref)
         return refs

@@ -122,11 +122,11 @@ def plan_prune(
     `pinned` are the positions of live pins: the frames after them stay. `keep_from` is the txid up to which every
     known follower has everything (None: nobody is known to need anything).
     """
-    floor = min(((pin.term, pin.txid) for pin in pinned), default=None)
+    floor = min((pin.order() for pin in pinned), default=None)
     total = sum(segment.size_bytes for segment in segments)
     gone = past = 0
     for segment in segments[:-1]:
-        if floor is not None and (segment.last.term, segment.last.txid) > floor:
+        if floor is not None and segment.last.order() > floor:
             break
         needed = keep_from is not None and segment.last.txid > keep_from
         if total <= limits.max_bytes:

@@ -264,7 +264,7 @@ class Segment:
 
     def find(self, position: Position) -> int | None:
         """The number of the frame that ends exactly at `position`, or None. Positions of one log are in tuple order."""
-        wanted = (position.term, position.txid)
+        wanted = position.order()
         count = self.count
         number = bisect_left(range(count), wanted, key=lambda n: (self._terms[n], self._txids[n]))
         if number < count and (self._terms[number], self._txids[number]) == wanted:

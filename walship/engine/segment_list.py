@@ -81,7 +81,7 @@ class SegmentList(tuple[Segment, ...]):
         base = self.first.base.position
         if position == base:
             return 0, 0
-        after = bisect_left(self, (position.term, position.txid), key=_base_order)
+        after = bisect_left(self, position.order(), key=_base_order)
         number = self[after - 1].find(position) if after else None
         if number is not None:
             return after - 1, number + 1

@@ -48,7 +48,7 @@ class _Mark:
         if position == current:
             return
         # One node's own marks follow its own history, where (term, txid) order is the order of events.
-        if (position.term, position.txid) < (current.term, current.txid):
+        if position.order() < current.order():
             raise AssertionError(f"watermark {self.name} would fall from {current} to {position}")
         setattr(marks, self.slot, position)
         marks._wake()
@@ -107,9 +107,9 @@ class Watermarks:
         current, bound = self._applied, self._publishing
         if position == current:
             return
-        if (position.term, position.txid) < (current.term, current.txid):
+        if position.order() < current.order():
             raise AssertionError(f"watermark applied would fall from {current} to {position}")
-        if (position.term, position.txid) > (bound.term, bound.txid):
+        if position.order() > bound.order():
             raise AssertionError(f"watermark applied would reach {position}, beyond publishing at {bound} (R17)")
         self._applied = position
         self._wake()

@@ -590,4 +590,4 @@ def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
 
 def _reached(have: Position, want: Position) -> bool:
     """Both are of this leader's own term or of its start, where (term, txid) order is the order of history."""
-    return (have.term, have.txid) >= (want.term, want.txid)
+    return have.order() >= want.order()

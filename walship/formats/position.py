@@ -24,7 +24,7 @@ _PAIR = struct.Struct(">QQ")
 class Position:
     """(term, txid). As text `term.txid`, both decimal; as bytes two big-endian u64.
 
-    It has no order of its own: ask a `TermHistory`.
+    Across histories it has no order: ask a `TermHistory`.
     """
 
     term: int
@@ -52,6 +52,10 @@ class Position:
 
     def to_bytes(self) -> bytes:
         return _PAIR.pack(self.term, self.txid)
+
+    def order(self) -> tuple[int, int]:
+        """For comparing positions of one history, along which both numbers only grow."""
+        return self.term, self.txid
 
     def __str__(self) -> str:
         return f"{self.term}.{self.txid}"

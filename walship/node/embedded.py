@@ -144,7 +144,7 @@ class EmbeddedReplicas:
             if self._pin is not None:
                 self._pin[1].release()
             self._pin = None
-            self._pin = (current.number, self._node.log.pin(Position(current.term, current.txid)))
+            self._pin = (current.number, self._node.log.pin(_start(current)))
         self._pin[1].touch()
 
     async def _append(self, start: Position, *, unnumbered: bool = False) -> Generation:
@@ -239,7 +239,7 @@ class EmbeddedReplicas:
         following = self._following(generation)
         if following is None:
             return False
-        return (numbering.end.term, numbering.end.txid) >= (following.term, following.txid)
+        return numbering.end.order() >= _start(following).order()
 
     async def _counted(self, generation: Generation) -> tuple[asyncio.Lock, FrameNumbering]:
         """The numbering of a generation, counted to what may be served. Raises HistoryMismatch, _Refusal."""
@@ -247,12 +247,11 @@ class EmbeddedReplicas:
             raise _Refusal(503, "this node has no database yet")
         held = self._numberings.get(generation.number)
         if held is None:
-            start = Position(generation.term, generation.txid)
-            numbering = await asyncio.to_thread(FrameNumbering, self._node.log, start)
+            numbering = await asyncio.to_thread(FrameNumbering, self._node.log, _start(generation))
             held = self._numberings.setdefault(generation.number, (asyncio.Lock(), numbering))
         limit, following = self._limit(), self._following(generation)
         if following is not None:
-            limit = min(limit, Position(following.term, following.txid), key=lambda p: (p.term, p.txid))
+            limit = min(limit, _start(following), key=Position.order)
         async with held[0]:
             await asyncio.to_thread(held[1].extend, limit)
         return held
@@ -261,7 +260,7 @@ class EmbeddedReplicas:
         """What may be served: acknowledged, and durable here."""
         marks = self._node.watermarks
         own = marks.durable if self._node.leading is not None else marks.logged
-        return min(marks.acked, own, key=lambda position: (position.term, position.txid))
+        return min(marks.acked, own, key=Position.order)
 
     def _current(self) -> Generation | None:
         return self._record.generations[-1] if self._record is not None else None
@@ -299,6 +298,10 @@ class EmbeddedReplicas:
         new = await self._append(header.position)
         await asyncio.to_thread(_publish_image, temporary, self._image(new.number))
         return new
+
+
+def _start(generation: Generation) -> Position:
+    return Position(generation.term, generation.txid)
 
 
 def _write_image(path: Path, snapshot: Snapshot) -> None:

@@ -213,12 +213,12 @@ class Node:
         # With n <= 1 voters apply, and show, what they have on disk, a moment before it counts as acknowledged (R15).
         if self.member.record.acks <= 1 or level is Level.ANY:
             return marks.durable
-        return max(marks.acked, self._given, key=lambda position: (position.term, position.txid))
+        return max(marks.acked, self._given, key=Position.order)
 
     def _gave(self, call: Call, position: Position) -> None:
         """A client that chose its own number of acknowledgments was told of `position`, maybe before it was acked."""
         given = self._given
-        if call.ack is not None and (position.term, position.txid) > (given.term, given.txid):
+        if call.ack is not None and position.order() > given.order():
             self._given = position
 
     async def close_stream(self, stream: int) -> None:
@@ -364,7 +364,7 @@ class Node:
         if acks is None:
             return
         acked = acks.covered(marks.durable)
-        if (acked.term, acked.txid) > (marks.acked.term, marks.acked.txid):
+        if acked.order() > marks.acked.order():
             marks.acked = acked
 
     def _on_frame(self, ref: FrameRef, data: bytes | None) -> None:
