@@ -17,7 +17,8 @@ import apsw
 import pytest
 from nodes import HERE, LeaderNode, ask, eventually, outside, read
 
-from walship.engine.writer import Turn, Writer, WriterLimits
+from walship.engine.turn import Turn
+from walship.engine.writer import Writer, WriterLimits
 from walship.errors import Draining, OutcomeUnknown, Overloaded, StorageFailed, Unavailable
 from walship.formats.position import Position
 

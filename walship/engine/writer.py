@@ -21,17 +21,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import apsw
 
 from walship.engine import failpoints
 from walship.engine.acks import AckTracker
 from walship.engine.leader import Leader
+from walship.engine.turn import Done, Turn
 from walship.errors import CorruptWal, Draining, OutcomeUnknown, Overloaded, StorageFailed, WalshipError
 from walship.formats.position import Position
 
-__all__ = ["Done", "Turn", "Writer", "WriterLimits", "WriterStatistics"]
+__all__ = ["Writer", "WriterLimits", "WriterStatistics"]
 
 _log = logging.getLogger("walship.engine")
 
@@ -61,14 +62,6 @@ class WriterLimits:
     turn_idle_seconds: float = 5.0
     turn_seconds: float = 30.0
     foreign_poll_seconds: float = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Done(Generic[T]):
-    """What a job returned and the position that covers it: the end of its group, also when it wrote nothing."""
-
-    value: T
-    position: Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,62 +100,6 @@ class _Group:
     size_bytes: int
     jobs: list[_Job]
     timer: asyncio.TimerHandle | None = None
-
-
-class Turn:
-    """The write turn of one interactive transaction. Release it after COMMIT or ROLLBACK, always.
-
-    expired: the turn was taken away; the holder must roll back and release. `on_expire`, when set, is called on the
-    loop at that moment.
-    """
-
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
-        self._released = threading.Event()
-        self._busy = 0
-        self._last_used = time.monotonic()
-        self.granted: asyncio.Future[None] = writer.loop.create_future()
-        self.finished: asyncio.Future[Done[Any]] = writer.loop.create_future()
-        self.expired = False
-        self.on_expire: Callable[[], None] | None = None
-        self._ack: int | None = None
-
-    def begin_statement(self) -> None:
-        """A statement of the transaction runs: the turn is not idle. Pair with `end_statement`."""
-        self._busy += 1
-
-    def end_statement(self) -> None:
-        self._busy -= 1
-        self._last_used = time.monotonic()
-
-    async def release(self, *, ack: int | None = None) -> Position:
-        """Give the turn back. Returns the position that covers what was committed, once it is acknowledged.
-
-        `ack` overrides the cluster's number of acknowledgments, as in `Writer.submit`.
-        Raises OutcomeUnknown when the acknowledgments did not come in time.
-        """
-        self._ack = ack
-        self._released.set()
-        done = await asyncio.shield(self.finished)
-        return done.position
-
-    def _hold(self, limits: WriterLimits, *, waiting: Callable[[], bool], look: Callable[[], None]) -> None:
-        """Writer thread: wait until released, and call the turn in when it is over its limits (R21).
-
-        Meanwhile `look` finds commits of other programs, which readers may have seen already.
-        """
-        start = time.monotonic()
-        while not self._released.wait(min(0.05, limits.foreign_poll_seconds)):
-            look()
-            now = time.monotonic()
-            idle = self._busy == 0 and now - self._last_used > limits.turn_idle_seconds and waiting()
-            if (idle or now - start > limits.turn_seconds) and not self.expired:
-                self.expired = True
-                self._writer.call_soon(self._call_in)
-
-    def _call_in(self) -> None:
-        if self.on_expire is not None:
-            self.on_expire()
 
 
 @dataclass(slots=True)
@@ -234,12 +171,12 @@ class Writer:
     async def turn(self) -> Turn:
         """Wait for the write turn, first come first served. Raises Overloaded or Draining without one."""
         await self._admit()
-        turn = Turn(self)
+        turn = Turn(self.loop, self.call_soon)
         self._put(turn)
         try:
             await turn.granted
         except asyncio.CancelledError:
-            turn._released.set()  # granted or not, nobody will use it
+            turn.withdraw()
             raise
         return turn
 
@@ -519,9 +456,16 @@ class Writer:
             return
         self._counters.turns += 1
         self.call_soon(_resolve, item.granted, None)
-        item._hold(self._limits, waiting=lambda: not self._queue.empty(), look=self._look)
+        limits = self._limits
+        item.hold(
+            idle_seconds=limits.turn_idle_seconds,
+            total_seconds=limits.turn_seconds,
+            look_seconds=min(0.05, limits.foreign_poll_seconds),
+            waiting=lambda: not self._queue.empty(),
+            look=self._look,
+        )
         self._counters.turns_expired += item.expired
-        self._finish([_Job(_nothing, item.finished, item._ack)], 1)
+        self._finish([_Job(_nothing, item.finished, item.ack)], 1)
 
     def _look(self) -> None:
         self._finish([], 0)

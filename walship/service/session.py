@@ -36,7 +36,7 @@ from walship.service.executor import Counters, Lines, Need, Program
 from walship.service.request import Host
 
 if TYPE_CHECKING:
-    from walship.engine.writer import Turn
+    from walship.engine.turn import Turn
 
 __all__ = ["FOLLOWS", "Session", "State"]
 

@@ -1,0 +1,93 @@
+"""The write turn: how an interactive transaction waits for its place among the writes, and how it loses it (R21)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from walship.formats.position import Position
+
+__all__ = ["Done", "Turn"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """What a job returned and the position that covers it: the end of its group, also when it wrote nothing."""
+
+    value: T
+    position: Position
+
+
+class Turn:
+    """The write turn of one interactive transaction. Release it after COMMIT or ROLLBACK, always.
+
+    expired: the turn was taken away; the holder must roll back and release. `on_expire`, when set, is called on the
+    loop at that moment.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, call_soon: Callable[..., None]) -> None:
+        self._call_soon = call_soon
+        self._released = threading.Event()
+        self._busy = 0
+        self._last_used = time.monotonic()
+        self.granted: asyncio.Future[None] = loop.create_future()
+        self.finished: asyncio.Future[Done[Any]] = loop.create_future()
+        self.expired = False
+        self.on_expire: Callable[[], None] | None = None
+        self.ack: int | None = None
+
+    def begin_statement(self) -> None:
+        """A statement of the transaction runs: the turn is not idle. Pair with `end_statement`."""
+        self._busy += 1
+
+    def end_statement(self) -> None:
+        self._busy -= 1
+        self._last_used = time.monotonic()
+
+    async def release(self, *, ack: int | None = None) -> Position:
+        """Give the turn back. Returns the position that covers what was committed, once it is acknowledged.
+
+        `ack` overrides the cluster's number of acknowledgments, as in `Writer.submit`.
+        Raises OutcomeUnknown when the acknowledgments did not come in time.
+        """
+        self.ack = ack
+        self._released.set()
+        done = await asyncio.shield(self.finished)
+        return done.position
+
+    def withdraw(self) -> None:
+        """Nobody will use it, granted or not."""
+        self._released.set()
+
+    def hold(
+        self,
+        *,
+        idle_seconds: float,
+        total_seconds: float,
+        look_seconds: float,
+        waiting: Callable[[], bool],
+        look: Callable[[], None],
+    ) -> None:
+        """Writer thread: wait until released, and call the turn in when it is over its limits (R21).
+
+        It may be idle for `idle_seconds` while others are `waiting`, and last `total_seconds`. Meanwhile `look` finds
+        commits of other programs, which readers may have seen already.
+        """
+        start = time.monotonic()
+        while not self._released.wait(look_seconds):
+            look()
+            now = time.monotonic()
+            idle = self._busy == 0 and now - self._last_used > idle_seconds and waiting()
+            if (idle or now - start > total_seconds) and not self.expired:
+                self.expired = True
+                self._call_soon(self._call_in)
+
+    def _call_in(self) -> None:
+        if self.on_expire is not None:
+            self.on_expire()
