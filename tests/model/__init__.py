@@ -1,0 +1,1 @@
+"""The failover rules, model-checked: Promela models, the runs that judge them, and the runner. See docs/model.md."""

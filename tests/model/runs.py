@@ -1,0 +1,86 @@
+"""Which configurations of which models are run, and what each must find. docs/model.md has the results.
+
+First those with all rules on (no error), then one rule dropped at a time (error found).
+Bounds: MAXT terms, MAXC commits, MAXK crashes.
+"""
+
+from __future__ import annotations
+
+from tests.model.spin import Run
+
+ALL_ON = "all rules on"
+
+
+def holds(model: str, switches: str, *, deep: bool = False) -> Run:
+    return Run(model, switches, ALL_ON, error=False, deep=deep, optimise=1)
+
+
+def breaks(model: str, switches: str, rule: str, *, deep: bool = False, optimise: int = 0) -> Run:
+    return Run(model, switches, rule, error=True, deep=deep, optimise=optimise)
+
+
+RUNS = (
+    # m1: disks, crash and restart, election, recount
+    holds("m1", "MAXT=2 MAXC=1 MAXK=2"),
+    holds("m1", "MAXT=2 MAXC=2 MAXK=1"),
+    holds("m1", "MAXT=3 MAXC=1 MAXK=1", deep=True),
+    holds("m1", "MAXT=3 MAXC=1 MAXK=2", deep=True),
+    holds("m1", "MAXT=2 MAXC=2 MAXK=3", deep=True),
+    holds("m1", "FIG8 MAXT=4 MAXC=1 MAXK=1", deep=True),
+    breaks("m1", "MAXT=2 MAXC=1 MAXK=0 FENCE=0", "old terms are refused (3.4 E3)"),
+    breaks("m1", "MAXT=3 MAXC=1 MAXK=0 STEP=0", "a sealed leader steps down before it answers (R2)"),
+    breaks("m1", "MAXT=3 MAXC=1 MAXK=1 TRUTHLOG=0", "demoting makes truth=log durable (R2)"),
+    breaks("m1", "MAXT=2 MAXC=1 MAXK=2 STARTSYNC=0", "fsync before any position is reported (R2)"),
+    breaks("m1", "MAXT=2 MAXC=1 MAXK=2 ACKDUR=0", "only what is fsynced is acknowledged (3.5)"),
+    breaks("m1", "MAXT=2 MAXC=1 MAXK=1 SHIPSYNC=0", "nothing is shipped before the fdatasync of the -wal (R2)"),
+    breaks("m1", "MAXT=2 MAXC=1 MAXK=1 RECOUNT=0", "truth=wal: commits after base go to the log at start (R2)"),
+    breaks("m1", "MAXT=2 MAXC=1 MAXK=0 CHECKPOS=0", "never promote below the best answer (3.4 E5)"),
+    breaks("m1", "MAXT=2 MAXC=1 MAXK=0 QUORUM=1", "as many answers as voters minus n (3.4 E4)"),
+    breaks("m1", "MAXT=2 MAXC=1 MAXK=1 TSDUR=0 PROMSYNC=0", "promotion fsyncs the log through base (R2)"),
+    breaks("m1", "MAXT=3 MAXC=1 MAXK=2 PROMDUR=0", "promised is durable before the answer (3.4 E3)", deep=True),
+    breaks("m1", "FIG8 MAXT=4 MAXC=1 MAXK=1 TSACK=0", "acked only by way of the present term (R11)", deep=True),
+    breaks(
+        "m1",
+        "FIG8 MAXT=4 MAXC=1 MAXK=1 TSDUR=0",
+        "the term-start frame is fsynced before it is announced (R2)",
+        deep=True,
+    ),
+    # m2: the election in steps
+    holds("m2", "MAXT=3 MAXC=1 MAXK=0"),
+    holds("m2", "MAXT=2 MAXC=2 MAXK=1"),
+    holds("m2", "MAXT=3 MAXC=1 MAXK=1", deep=True),
+    holds("m2", "MAXT=3 MAXC=2 MAXK=0", deep=True),
+    holds("m2", "HAND=1 MAXT=3 MAXC=1 MAXK=1", deep=True),
+    holds("m2", "FIG8 MAXT=4 MAXC=2 MAXK=0", deep=True),
+    breaks("m2", "MAXT=2 MAXC=1 MAXK=0 BEST=0", "never promote below the best answer (3.4 E5)"),
+    breaks(
+        "m2",
+        "FIG8 MAXT=4 MAXC=1 MAXK=0 DIVERGE=0",
+        "a candidate whose log parts from the best gives up (R12a)",
+        optimise=1,
+    ),
+    breaks("m2", "HAND=1 MAXT=3 MAXC=1 MAXK=0 HANDOFF=0", "who hands a claim over stops first (R12a)"),
+    breaks("m2", "MAXT=3 MAXC=1 MAXK=0 CASSERVE=0", "serving only by compare-and-swap on the own claim (3.4 E7)"),
+    breaks("m2", "FIG8 MAXT=4 MAXC=1 MAXK=0 TSACK=0", "a term-start is acked as (term, txid) (R12a)", optimise=1),
+    # m3: rewind
+    holds("m3", "MAXK=1"),
+    holds("m3", "MAXK=3", deep=True),
+    holds("m3", "MAXK=4", deep=True),
+    breaks("m3", "MAXK=2 ORPHFIRST=0", "the orphan file is fsynced before the log is cut (R12)"),
+    breaks("m3", "MAXK=2 RECFIRST=0", "`rewinding` is durable before the log is cut (R12)"),
+    breaks("m3", "MAXK=2 ORPHPAGES=0", "the orphans' pages are fetched too (R12)"),
+    breaks("m3", "MAXK=2 SYNCCLEAR=0", "fdatasync before `rewinding` is cleared (R12)"),
+    breaks("m3", "MAXK=2 PIN=0", "orphan pages come from a snapshot pinned at P (R12)"),
+    breaks("m3", "MAXK=2 NOSERVE=0", "while `rewinding` is set: serve nothing (R12)"),
+    breaks("m3", "MAXK=2 UNION=0", "a second divergence adds its pages and keeps the lower D (R12)"),
+    breaks("m3", "MAXK=2 MARKP=0", "clearing `rewinding` sets the mark in the same write (R12)"),
+    breaks("m3", "MAXK=2 REDOCUT=1", "redo never cuts to the recorded D (R12)"),
+    breaks("m3", "MAXK=2 REDOCUT=1 ACKREW=0", "the same, with no acks while rewinding (R12)"),
+    # m4: planned switchover
+    holds("m4", "MAXT=2 MAXC=1 MAXK=1"),
+    holds("m4", "MAXT=3 MAXC=1 MAXK=0", deep=True),
+    breaks("m4", "MAXT=3 MAXC=1 MAXK=0 QUIET=0", "no write is admitted from P on (3.7 S3, S4)"),
+    breaks("m4", "MAXT=3 MAXC=1 MAXK=0 S5=0", "the target acked P before the compare-and-swap (3.7 S5)"),
+    breaks("m4", "MAXT=3 MAXC=1 MAXK=0 VERSION=0", "every compare-and-swap compares the version (R12a)"),
+    breaks("m4", "MAXT=3 MAXC=1 MAXK=0 BUMP=0", "after an unknown handoff: a renewal first (R12a)"),
+)
