@@ -27,11 +27,9 @@ from walship.hrana.websocket import (
     Send,
     StartCursor,
     State,
-    fetched,
     negotiate,
-    response,
-    response_error,
 )
+from walship.hrana.websocket_messages import fetched, response, response_error
 
 EXECUTE = {"type": "execute", "stream_id": 1, "stmt": {"sql": "SELECT 1"}}
 BATCH: dict[str, Any] = {"steps": [{"stmt": {"sql": "SELECT 1"}}]}

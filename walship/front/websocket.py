@@ -30,6 +30,7 @@ import msgspec
 
 from walship.errors import ProtocolViolation, WalshipError
 from walship.hrana import websocket as core
+from walship.hrana import websocket_messages as messages
 from walship.hrana.auth import FULL, Grant
 from walship.hrana.json import cursor_error, failed
 from walship.hrana.types import Batch, CloseRequest, ErrorBody, StreamRequest
@@ -272,7 +273,7 @@ class _Connection:
         lane = self._lanes.get(job.stream_id)
         if lane is None:
             if isinstance(job, core.EndStream):
-                await self._send(core.response_ok(job.request_id, "close_stream"))
+                await self._send(messages.response_ok(job.request_id, "close_stream"))
                 return
             lane = self._lanes[job.stream_id] = _Lane(self._door.open_stream(self._client))
         if isinstance(job, core.EndStream):
@@ -345,7 +346,7 @@ class _Connection:
             await self._fetch(lane, job)
         elif isinstance(job, core.EndCursor):
             await _end_cursor(lane)
-            await self._send(core.response_ok(job.request_id, "close_cursor"))
+            await self._send(messages.response_ok(job.request_id, "close_cursor"))
         else:
             await self._end(lane, job)
 
@@ -358,7 +359,7 @@ class _Connection:
             result = (await lane.stream.run(requests))[0]
         except WalshipError as error:
             result = failed(ErrorBody.of(error))
-        await self._send(core.response(job.request_id, result))
+        await self._send(messages.response(job.request_id, result))
         if end is not None:
             await self._end(lane, end)
 
@@ -367,23 +368,23 @@ class _Connection:
         try:
             await cursor.start()
         except WalshipError as error:
-            await self._send(core.response_error(job.request_id, ErrorBody.of(error)))
+            await self._send(messages.response_error(job.request_id, ErrorBody.of(error)))
             return
         lane.cursor = cursor
-        await self._send(core.response_ok(job.request_id, "open_cursor"))
+        await self._send(messages.response_ok(job.request_id, "open_cursor"))
 
     async def _fetch(self, lane: _Lane, job: core.FetchCursor) -> None:
         if lane.cursor is None:
             error = ErrorBody(f"Cursor {job.cursor_id} has failed to open", "CURSOR_NOT_OPEN")
-            await self._send(core.response_error(job.request_id, error))
+            await self._send(messages.response_error(job.request_id, error))
             return
         entries, done = await lane.cursor.fetch(job.max_count)
-        await self._send(core.fetched(job.request_id, entries, done=done))
+        await self._send(messages.fetched(job.request_id, entries, done=done))
 
     async def _end(self, lane: _Lane, job: core.EndStream) -> None:
         self._closing.discard(lane)
         await _end(lane)
-        await self._send(core.response_ok(job.request_id, "close_stream"))
+        await self._send(messages.response_ok(job.request_id, "close_stream"))
 
     # --- out ----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 One `Connection` is what the server knows of one client: whether it said hello, which streams and cursors it named, and
 the SQL texts it stored. A message in gives actions out, in order: bytes to send, a token to check, a job for a stream,
-or the end of the connection. Whoever runs the jobs answers them with the functions at the end of this module.
+or the end of the connection. Whoever runs the jobs answers them with the functions of `websocket_messages`.
 
 What a connection may be told, and when::
 
@@ -23,12 +23,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 
 from walship.errors import ProtocolViolation, WalshipError
 from walship.hrana import json
+from walship.hrana import websocket_messages as messages
 from walship.hrana.types import (
     Batch,
     BatchRequest,
@@ -59,11 +60,7 @@ __all__ = [
     "Send",
     "StartCursor",
     "State",
-    "fetched",
     "negotiate",
-    "response",
-    "response_error",
-    "response_ok",
 ]
 
 SUBPROTOCOLS: Final[dict[str, int]] = {"hrana3": 3, "hrana2": 2, "hrana1": 1}
@@ -129,98 +126,6 @@ def negotiate(offered: Sequence[str]) -> tuple[int, str | None]:
         if name in by_name:
             return version, by_name[name]
     raise ProtocolViolation(f"Only these WebSocket subprotocols are supported: {', '.join(SUBPROTOCOLS)}")
-
-
-# --- messages of the client -------------------------------------------------------------------------------------
-
-_I32 = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
-_U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-
-
-class _OpenStream(msgspec.Struct, tag="open_stream", tag_field="type", frozen=True):
-    stream_id: _I32
-
-
-class _CloseStream(msgspec.Struct, tag="close_stream", tag_field="type", frozen=True):
-    stream_id: _I32
-
-
-class _Execute(msgspec.Struct, tag="execute", tag_field="type", frozen=True):
-    stream_id: _I32
-    stmt: Stmt
-
-
-class _Batch(msgspec.Struct, tag="batch", tag_field="type", frozen=True):
-    stream_id: _I32
-    batch: Batch
-
-
-class _Sequence(msgspec.Struct, tag="sequence", tag_field="type", frozen=True):
-    stream_id: _I32
-    sql: str | None = None
-    sql_id: _I32 | None = None
-
-
-class _Describe(msgspec.Struct, tag="describe", tag_field="type", frozen=True):
-    stream_id: _I32
-    sql: str | None = None
-    sql_id: _I32 | None = None
-
-
-class _GetAutocommit(msgspec.Struct, tag="get_autocommit", tag_field="type", frozen=True):
-    stream_id: _I32
-
-
-class _StoreSql(msgspec.Struct, tag="store_sql", tag_field="type", frozen=True):
-    sql_id: _I32
-    sql: str
-
-
-class _CloseSql(msgspec.Struct, tag="close_sql", tag_field="type", frozen=True):
-    sql_id: _I32
-
-
-class _OpenCursor(msgspec.Struct, tag="open_cursor", tag_field="type", frozen=True):
-    stream_id: _I32
-    cursor_id: _I32
-    batch: Batch
-
-
-class _CloseCursor(msgspec.Struct, tag="close_cursor", tag_field="type", frozen=True):
-    cursor_id: _I32
-
-
-class _FetchCursor(msgspec.Struct, tag="fetch_cursor", tag_field="type", frozen=True):
-    cursor_id: _I32
-    max_count: _U32
-
-
-_OnStream = _Execute | _Batch | _Sequence | _Describe | _GetAutocommit
-_AnyRequest = _OpenStream | _CloseStream | _OnStream | _StoreSql | _CloseSql | _OpenCursor | _CloseCursor | _FetchCursor
-
-
-class _Hello(msgspec.Struct, tag="hello", tag_field="type", frozen=True):
-    jwt: str | None = None
-
-
-class _Request(msgspec.Struct, tag="request", tag_field="type", frozen=True):
-    request_id: _I32
-    request: _AnyRequest
-
-
-_MESSAGE = msgspec.json.Decoder(_Hello | _Request)
-
-_SINCE: Final[dict[type, int]] = {
-    _Sequence: 2,
-    _Describe: 2,
-    _StoreSql: 2,
-    _CloseSql: 2,
-    _GetAutocommit: 3,
-    _OpenCursor: 3,
-    _CloseCursor: 3,
-    _FetchCursor: 3,
-}
-"""The version a request came with, where that is not the first."""
 
 
 # --- actions ----------------------------------------------------------------------------------------------------
@@ -320,7 +225,7 @@ class Connection:
         if self.state is State.CLOSED:
             return []  # it crossed our close
         try:
-            message = _MESSAGE.decode(data)
+            message = messages.MESSAGE.decode(data)
         except msgspec.ValidationError as error:
             # An unknown `type` is a rule broken; any other wrong shape is as if it were not JSON at all.
             unknown = str(error).startswith("Invalid value") and str(error).endswith(".type`")
@@ -331,7 +236,7 @@ class Connection:
         except RecursionError:
             return self._hang_up(CloseCode.INVALID, "The message is nested too deeply")
         try:
-            return self._hello(message) if isinstance(message, _Hello) else self._request(message)
+            return self._hello(message) if isinstance(message, messages.Hello) else self._request(message)
         except ProtocolViolation as error:
             return self._hang_up(CloseCode.POLICY, str(error))
 
@@ -354,36 +259,36 @@ class Connection:
 
     # --- messages -----------------------------------------------------------------------------------------------
 
-    def _hello(self, message: _Hello) -> list[Action]:
+    def _hello(self, message: messages.Hello) -> list[Action]:
         if self.state is not State.NEW and self.version < 2:
             raise ProtocolViolation("A repeated hello is only supported in protocol version 2 and higher")
         self._move(Event.HELLO)
         return [Authenticate(message.jwt)]
 
-    def _request(self, message: _Request) -> list[Action]:
+    def _request(self, message: messages.Request) -> list[Action]:
         self._move(Event.REQUEST)
         id, request = message.request_id, message.request
-        since = _SINCE.get(type(request), 1)
+        since = messages.SINCE.get(type(request), 1)
         if self.version < since:
             name = request.__struct_config__.tag
             raise ProtocolViolation(f"The {name} request is only supported in protocol version {since} and higher")
-        if isinstance(request, _OpenStream):
+        if isinstance(request, messages.OpenStream):
             return self._open_stream(id, request.stream_id)
-        if isinstance(request, _CloseStream):
+        if isinstance(request, messages.CloseStream):
             return self._close_stream(id, request.stream_id)
-        if isinstance(request, _StoreSql):
+        if isinstance(request, messages.StoreSql):
             return self._store(id, request)
-        if isinstance(request, _CloseSql):
+        if isinstance(request, messages.CloseSql):
             self._text_bytes -= len(self._texts.pop(request.sql_id, ""))
-            return [Send(response_ok(id, "close_sql"))]
-        if isinstance(request, _OpenCursor):
+            return [Send(messages.response_ok(id, "close_sql"))]
+        if isinstance(request, messages.OpenCursor):
             return self._open_cursor(id, request)
-        if isinstance(request, _CloseCursor):
+        if isinstance(request, messages.CloseCursor):
             stream_id = self._stream_of(request.cursor_id)
             del self._cursors[request.cursor_id]
             self._streams[stream_id] = None
             return [EndCursor(id, stream_id, request.cursor_id)]
-        if isinstance(request, _FetchCursor):
+        if isinstance(request, messages.FetchCursor):
             stream_id = self._stream_of(request.cursor_id)
             return [FetchCursor(id, stream_id, request.cursor_id, request.max_count)]
         return self._on_stream(id, request)
@@ -393,17 +298,17 @@ class Connection:
             raise ProtocolViolation(f"Stream {stream_id} already exists")
         if len(self._streams) < self._limits.streams:
             self._streams[stream_id] = None
-            return [Send(response_ok(id, "open_stream"))]
+            return [Send(messages.response_ok(id, "open_stream"))]
         if len(self._refused) >= self._limits.refused_streams:
             raise ProtocolViolation("Too many streams were opened although there was no room for them")
         self._refused.add(stream_id)
         message = f"{len(self._streams)} streams are open on this connection, as many as it may have; close some"
-        return [Send(response_error(id, ErrorBody(message, "STREAM_TOO_MANY")))]
+        return [Send(messages.response_error(id, ErrorBody(message, "STREAM_TOO_MANY")))]
 
     def _close_stream(self, id: int, stream_id: int) -> list[Action]:
         if stream_id in self._refused:
             self._refused.discard(stream_id)
-            return [Send(response_ok(id, "close_stream"))]
+            return [Send(messages.response_ok(id, "close_stream"))]
         if stream_id not in self._streams:
             raise _no_stream(stream_id)
         cursor_id = self._streams.pop(stream_id)
@@ -411,27 +316,27 @@ class Connection:
             del self._cursors[cursor_id]
         return [EndStream(id, stream_id)]
 
-    def _store(self, id: int, request: _StoreSql) -> list[Action]:
+    def _store(self, id: int, request: messages.StoreSql) -> list[Action]:
         limits = self._limits
         if request.sql_id in self._texts:
             raise ProtocolViolation(f"SQL text {request.sql_id} already exists")
         if len(self._texts) >= limits.stored_texts:
             message = f"The server already stores {len(self._texts)} SQL texts, it cannot store more"
-            return [Send(response_error(id, ErrorBody(message, "SQL_STORE_TOO_MANY")))]
+            return [Send(messages.response_error(id, ErrorBody(message, "SQL_STORE_TOO_MANY")))]
         if self._text_bytes + len(request.sql) > limits.stored_bytes:
             message = f"A connection may store {limits.stored_bytes} characters of SQL; close texts, or send them whole"
-            return [Send(response_error(id, ErrorBody(message, "SQL_STORE_TOO_LARGE")))]
+            return [Send(messages.response_error(id, ErrorBody(message, "SQL_STORE_TOO_LARGE")))]
         self._texts[request.sql_id] = request.sql
         self._text_bytes += len(request.sql)
-        return [Send(response_ok(id, "store_sql"))]
+        return [Send(messages.response_ok(id, "store_sql"))]
 
-    def _open_cursor(self, id: int, request: _OpenCursor) -> list[Action]:
+    def _open_cursor(self, id: int, request: messages.OpenCursor) -> list[Action]:
         stream_id, cursor_id = request.stream_id, request.cursor_id
         if cursor_id in self._cursors:
             raise ProtocolViolation(f"Cursor {cursor_id} already exists")
         if stream_id in self._refused:
             # The stream's id is used up, the cursor's is not: there is no stream it could be closed on.
-            return [Send(response_error(id, _stream_not_open(stream_id)))]
+            return [Send(messages.response_error(id, _stream_not_open(stream_id)))]
         if stream_id not in self._streams:
             raise _no_stream(stream_id)
         if self._streams[stream_id] is not None:
@@ -442,24 +347,24 @@ class Connection:
         self._cursors[cursor_id] = stream_id
         return [StartCursor(id, stream_id, cursor_id, batch)]
 
-    def _on_stream(self, id: int, request: _OnStream) -> list[Action]:
+    def _on_stream(self, id: int, request: messages.OnStream) -> list[Action]:
         stream_id = request.stream_id
         if stream_id not in self._streams and stream_id not in self._refused:
             raise _no_stream(stream_id)
         job = self._stream_request(request)
         json.check_request(job, self.version)
         if stream_id in self._refused:
-            return [Send(response_error(id, _stream_not_open(stream_id)))]
+            return [Send(messages.response_error(id, _stream_not_open(stream_id)))]
         return [Run(id, stream_id, self._with_texts(job))]
 
-    def _stream_request(self, request: _OnStream) -> StreamRequest:
-        if isinstance(request, _Execute):
+    def _stream_request(self, request: messages.OnStream) -> StreamRequest:
+        if isinstance(request, messages.Execute):
             return ExecuteRequest(request.stmt)
-        if isinstance(request, _Batch):
+        if isinstance(request, messages.RunBatch):
             return BatchRequest(request.batch)
-        if isinstance(request, _Sequence):
+        if isinstance(request, messages.RunSequence):
             return SequenceRequest(request.sql, request.sql_id)
-        if isinstance(request, _Describe):
+        if isinstance(request, messages.Describe):
             return DescribeRequest(request.sql, request.sql_id)
         return GetAutocommitRequest()
 
@@ -524,42 +429,3 @@ def _stream_not_open(stream_id: int) -> ErrorBody:
 def _short(reason: str) -> str:
     """A close frame has room for 123 bytes (RFC 6455 5.5)."""
     return reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
-
-
-# --- answers ----------------------------------------------------------------------------------------------------
-
-
-class _StreamResult(msgspec.Struct):
-    type: str
-    response: msgspec.Raw = msgspec.Raw()
-    error: msgspec.Raw = msgspec.Raw()
-
-
-_RESULT = msgspec.json.Decoder(_StreamResult)
-
-
-def response(request_id: int, result: bytes | msgspec.Raw) -> bytes:
-    """The answer to a request, from its StreamResult as a pipeline has it. The result itself is not looked into."""
-    found = _RESULT.decode(result)
-    if found.type == "ok":
-        return b'{"type":"response_ok","request_id":%d,"response":%b}' % (request_id, bytes(found.response))
-    return b'{"type":"response_error","request_id":%d,"error":%b}' % (request_id, bytes(found.error))
-
-
-def response_ok(request_id: int, kind: str) -> bytes:
-    """The answer to a request that has nothing to say but that it was done."""
-    return b'{"type":"response_ok","request_id":%d,"response":{"type":"%b"}}' % (request_id, kind.encode("ascii"))
-
-
-def response_error(request_id: int, error: ErrorBody) -> bytes:
-    """The answer to a request that failed."""
-    return b'{"type":"response_error","request_id":%d,"error":%b}' % (request_id, json.error_object(error))
-
-
-def fetched(request_id: int, entries: Sequence[bytes], *, done: bool) -> bytes:
-    """The answer to fetch_cursor: entries as lines of a cursor have them. `done`: there are no more."""
-    return b'{"type":"response_ok","request_id":%d,"response":{"type":"fetch_cursor","entries":[%b],"done":%b}}' % (
-        request_id,
-        b",".join(entries),
-        b"true" if done else b"false",
-    )
