@@ -1,11 +1,17 @@
-// npm @libsql/client, over HTTP and over WebSocket.
-import { createClient } from "@libsql/client";
+// npm @libsql/client, over HTTP and over WebSocket; and the same interface by @tursodatabase/serverless/compat.
+import * as original from "@libsql/client";
+import * as compat from "@tursodatabase/serverless/compat";
 import { main, Program } from "./steps.mjs";
 
 class Libsql extends Program {
   constructor(client, url) {
     super(client, url);
-    this.db = createClient({ url: client.endsWith("ws") ? url.replace("http:", "ws:") : url, intMode: "bigint" });
+    if (client.endsWith("compat")) {
+      this.db = compat.createClient({ url }); // it has no intMode
+      this.integer = (value) => Number(value);
+    } else {
+      this.db = original.createClient({ url: client.endsWith("ws") ? url.replace("http:", "ws:") : url, intMode: "bigint" });
+    }
   }
 
   async rows(sql, args = []) {

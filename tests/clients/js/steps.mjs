@@ -84,7 +84,13 @@ export class Program {
       await this.run(`INSERT INTO ${this.table}_values VALUES (?, ?)`, [BigInt(n), value]);
     }
     const rows = await this.rows(`SELECT value FROM ${this.table}_values ORDER BY n`);
-    assert.deepStrictEqual(rows.map(([value]) => plain(value)), VALUES);
+    const wanted = VALUES.map((value) => (typeof value === "bigint" ? this.integer(value) : value));
+    assert.deepStrictEqual(rows.map(([value]) => plain(value)), wanted);
+  }
+
+  // What the client makes of an integer that it reads.
+  integer(value) {
+    return value;
   }
 
   async batch() {
