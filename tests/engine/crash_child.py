@@ -18,10 +18,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from nodes import FollowerNode, LeaderNode
-
 import walship.engine.leader as leader_module
 import walship.engine.marks as marks_module
+from tests.engine.nodes import FollowerNode, LeaderNode
 from walship.engine import failpoints
 from walship.engine.log import LogLimits
 from walship.errors import HistoryMismatch

@@ -7,8 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from nodes import cluster, scanned
-
+from tests.engine.nodes import cluster, scanned
 from walship.errors import HistoryMismatch
 
 

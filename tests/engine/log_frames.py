@@ -42,21 +42,7 @@ def header_after(tip: Tip, *, commits: int = 1, term: int | None = None, time_ms
 
 
 def term_start_after(tip: Tip, term: int) -> FrameHeader:
-    return FrameHeader(
-        flags=FrameFlags.TERM_START,
-        cluster=CLUSTER,
-        database=1,
-        term=term,
-        min_txid=tip.position.txid + 1,
-        max_txid=tip.position.txid,
-        previous=tip.position,
-        previous_checksum=tip.checksum,
-        checksum=tip.checksum,
-        commit=tip.commit,
-        page_size=4096,
-        time_ms=1000,
-        acked=Position(0, 0),
-    )
+    return FrameHeader.start_of_term(tip, term, cluster=CLUSTER, page_size=4096, time_ms=1000)
 
 
 def payload_of(header: FrameHeader, size_bytes: int = 100) -> bytes:

@@ -271,12 +271,11 @@ async def cluster(
     await follower.stop()
 
 
-async def eventually(condition: Callable[[], object], timeout_seconds: float = 10.0) -> None:
-    """Wait until `condition()` is true, or fail."""
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        await asyncio.sleep(0.005)
+def filled(directory: Path, commits: int = 5) -> LeaderNode:
+    leader = LeaderNode(directory, setup=("CREATE TABLE t(id INTEGER PRIMARY KEY, body)",))
+    for number in range(commits):
+        leader.commit(f"INSERT INTO t VALUES({number}, randomblob(300))")
+    return leader
 
 
 def rows(connection: apsw.Connection, sql: str) -> list[Any]:

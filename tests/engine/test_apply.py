@@ -10,8 +10,8 @@ from pathlib import Path
 
 import apsw
 import pytest
-from nodes import LeaderNode, ask, assert_same_files, cluster, outside, read, scanned
 
+from tests.engine.nodes import LeaderNode, ask, assert_same_files, cluster, outside, read, scanned
 from walship.engine.database import Database
 
 TABLES = (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import apsw
 import pytest
-from nodes import ask, assert_same_files, cluster, outside, read, rows, scanned
 
+from tests.engine.nodes import ask, assert_same_files, cluster, outside, read, rows, scanned
 from walship.engine.writer import WriterLimits
 
 SETUP = ("CREATE TABLE hammer(id INTEGER PRIMARY KEY, body)", "CREATE TABLE t(id INTEGER PRIMARY KEY, body)")

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from nodes import ask, cluster, outside, scanned
 
+from tests.engine.nodes import ask, cluster, outside, scanned
 from walship.engine.checkpoint import CheckpointPolicy, Step
 from walship.engine.database import Database
 

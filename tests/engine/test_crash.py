@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crash_child import LIMITS, ship_or_seed
-from nodes import HERE, FollowerNode, LeaderNode, ask, assert_same_files, outside, read, scanned
 
+from tests.engine.crash_child import LIMITS, ship_or_seed
+from tests.engine.nodes import HERE, FollowerNode, LeaderNode, ask, assert_same_files, outside, read, scanned
 from walship.engine import failpoints
 
 # How often a point is passed before the death, where the first time would be too early to be interesting.

@@ -8,17 +8,17 @@ import threading
 from pathlib import Path
 
 import pytest
-from nodes import (
+
+from tests.engine.nodes import (
     FollowerNode,
     LeaderNode,
     assert_same_files,
     cluster,
     crash_image,
-    eventually,
     read,
     scanned,
 )
-
+from tests.waiting import eventually
 from walship.engine.durable_state import StateFile
 from walship.engine.follower import LagMeter
 from walship.formats.position import Position

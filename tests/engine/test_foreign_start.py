@@ -8,18 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from nodes import (
+
+from tests.engine.nodes import (
     CLUSTER,
-    LeaderNode,
     changed_by_others,
     crash_image,
+    filled,
     make_database,
     open_replica,
     open_state,
     read,
     scanned,
 )
-
 from walship.engine.database import Database
 from walship.engine.durable_state import StateFile
 from walship.engine.leader import Leader
@@ -28,13 +28,6 @@ from walship.engine.replica import Replica
 from walship.engine.watermarks import Watermarks
 from walship.node.promote import promote
 from walship.node.recover import found_database
-
-
-def filled(directory: Path, commits: int = 5) -> LeaderNode:
-    leader = LeaderNode(directory, setup=("CREATE TABLE t(id INTEGER PRIMARY KEY, body)",))
-    for number in range(commits):
-        leader.commit(f"INSERT INTO t VALUES({number}, randomblob(300))")
-    return leader
 
 
 def recovered(directory: Path) -> tuple[StateFile, Replica]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import apsw
 import pytest
-from nodes import ask, make_database, outside, read, rows
 
+from tests.engine.nodes import ask, make_database, outside, read, rows
 from walship.engine.apply import Applier, Batch
 from walship.engine.database import Database, holding_write
 from walship.errors import CorruptDatabase, CorruptWalIndex, StorageFailed

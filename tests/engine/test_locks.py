@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from nodes import FollowerNode, LeaderNode, ask, cluster, outside, read, rows, scanned
 
+from tests.engine.nodes import FollowerNode, LeaderNode, ask, cluster, outside, read, rows, scanned
 from walship.engine.database import holding_write
 from walship.engine.snapshot import Snapshot, ltx_chunks
 from walship.engine.verify import verify

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from log_frames import (
+
+from tests.engine.log_frames import (
     BASE,
     LIMITS,
     SMALL,
@@ -23,7 +24,6 @@ from log_frames import (
     segment_files,
     start_term,
 )
-
 from walship.engine.log import Log
 from walship.errors import CorruptLog, CorruptRecord, HistoryMismatch, LogTruncated
 from walship.formats.checksum import FLAG

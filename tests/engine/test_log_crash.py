@@ -11,8 +11,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from log_frames import BASE, SMALL, append, fill, open_log, payload_of, positions, segment_files
 
+from tests.engine.log_frames import BASE, SMALL, append, fill, open_log, payload_of, positions, segment_files
 from walship.engine.log import Log
 from walship.errors import StorageFailed
 

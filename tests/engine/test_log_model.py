@@ -10,8 +10,8 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from log_frames import BASE, SMALL, header_after, open_log, payload_of, term_start_after
 
+from tests.engine.log_frames import BASE, SMALL, header_after, open_log, payload_of, term_start_after
 from walship.engine.log import Log, LogLimits, Pin
 from walship.errors import HistoryMismatch
 from walship.formats.checksum import FLAG

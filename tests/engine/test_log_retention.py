@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from log_frames import BASE, SMALL, append, fill, open_log, positions, segment_files, start_term
 
+from tests.engine.log_frames import BASE, SMALL, append, fill, open_log, positions, segment_files, start_term
 from walship.engine.log import Log, LogLimits
 from walship.engine.retention import PIN_SILENCE_SECONDS, SegmentFacts, plan_prune
 from walship.engine.segment import Segment, SegmentFlags, SegmentHead

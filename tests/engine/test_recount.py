@@ -7,8 +7,8 @@ from pathlib import Path
 
 import apsw
 import pytest
-from nodes import CLUSTER, LeaderNode, changed_by_others, crash_image, open_replica, read, scanned
 
+from tests.engine.nodes import CLUSTER, LeaderNode, changed_by_others, crash_image, filled, open_replica, read, scanned
 from walship.engine.durable_state import FileStamp, StateFile, Truth
 from walship.engine.log import FrameRef
 from walship.engine.replica import Replica
@@ -17,13 +17,6 @@ from walship.errors import CorruptData, CorruptLog
 from walship.formats.frame import FrameFlags
 from walship.formats.position import Position
 from walship.node.promote import promote
-
-
-def filled(directory: Path, commits: int = 5) -> LeaderNode:
-    leader = LeaderNode(directory, setup=("CREATE TABLE t(id INTEGER PRIMARY KEY, body)",))
-    for number in range(commits):
-        leader.commit(f"INSERT INTO t VALUES({number}, randomblob(300))")
-    return leader
 
 
 def recovered(directory: Path) -> tuple[StateFile, Replica]:

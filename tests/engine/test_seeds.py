@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nodes import (
+
+from tests.engine.nodes import (
     FollowerNode,
     LeaderNode,
     ask,
     assert_same_files,
     cluster,
     crash_image,
-    eventually,
     open_replica,
     outside,
     read,
     scanned,
 )
-
+from tests.waiting import eventually
 from walship.engine.durable_state import StateFile
 from walship.engine.seed import SeedFile
 from walship.engine.snapshot import Snapshot, ltx_chunks

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import apsw
 import pytest
-from nodes import HERE, LeaderNode, ask, cluster, outside, read, rows, scanned
 
+from tests.engine.nodes import HERE, LeaderNode, ask, cluster, outside, read, rows, scanned
 from walship.engine.snapshot import Snapshot, ltx_chunks, scan
 from walship.errors import CorruptDatabase, HistoryMismatch
 from walship.formats.ltx import LtxDecoder

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import apsw
 import pytest
-from nodes import HERE, LeaderNode, ask, eventually, outside, read
 
+from tests.engine.nodes import HERE, LeaderNode, ask, outside, read
+from tests.waiting import eventually
 from walship.engine.turn import Turn
 from walship.engine.writer import Writer, WriterLimits
 from walship.errors import Draining, OutcomeUnknown, Overloaded, StorageFailed, Unavailable

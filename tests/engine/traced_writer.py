@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from nodes import LeaderNode
+from tests.engine.nodes import LeaderNode
 
 
 async def main() -> None:

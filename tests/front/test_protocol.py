@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import eventually
 from walship.front.body import Bodies, BodyRefused
 from walship.front.listen import listen
 from walship.front.protocol import MAX_HEAD_BYTES, Bounds
@@ -59,14 +60,6 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     size = int(head.split("content-length: ")[1].split("\r\n")[0])
     return int(head.split(" ")[1]), await reader.readexactly(size)
-
-
-async def eventually(look: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if look():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("not within 5 s")
 
 
 async def ends(reader: asyncio.StreamReader) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -424,10 +424,3 @@ class Followers:
 
 def node_id(replica: Replica) -> str:
     return replica.name.encode().hex().ljust(32, "0")
-
-
-async def eventually(condition: Callable[[], object], what: str = "", *, timeout_seconds: float = 10) -> None:
-    """Wait until `condition` holds. The bound is for a broken build; a good one is there in milliseconds."""
-    async with asyncio.timeout(timeout_seconds):
-        while not condition():  # noqa: ASYNC110 - any condition, many of them set by threads
-            await asyncio.sleep(0.002)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from talk import CLUSTER, HELLO, SEED_ME, TIP, frames_after
 
+from tests.replication.talk import CLUSTER, HELLO, SEED_ME, TIP, frames_after
 from walship.engine.log import Log, LogLimits
 from walship.formats.checksum import FLAG
 from walship.formats.position import Position

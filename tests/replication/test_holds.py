@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from talk import CLUSTER, HELLO, SEED_ME, TIP, frames_after
 
+from tests.replication.talk import CLUSTER, HELLO, SEED_ME, TIP, frames_after
 from walship.engine.log import Log, LogLimits
 from walship.errors import HistoryMismatch
 from walship.formats.position import Position

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from talk import HEARTBEAT, HELLO, SEED_ME, SEEDED, WELCOME
 
+from tests.replication.talk import HEARTBEAT, HELLO, SEED_ME, SEEDED, WELCOME
 from walship.errors import ProtocolViolation
 from walship.formats.checksum import FLAG
 from walship.formats.position import Position, Tip

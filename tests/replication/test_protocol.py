@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from talk import (
+
+from tests.replication.talk import (
     CLUSTER,
     HEARTBEAT,
     HELLO,
@@ -21,7 +22,6 @@ from talk import (
     header_after,
     large_frame,
 )
-
 from walship.errors import CorruptRecord, Fenced, HistoryMismatch, ProtocolViolation
 from walship.formats.checksum import FLAG
 from walship.formats.frame import FrameFlags, encode_frame

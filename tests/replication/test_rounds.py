@@ -6,8 +6,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from replicas import Followers, Leader, Replica, eventually, node_id
 
+from tests.replication.replicas import Followers, Leader, Replica, node_id
+from tests.waiting import eventually
 from walship.errors import Behind, Draining, StatementFailed
 from walship.formats.position import Position
 from walship.replication.messages import AckFlags

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from replicas import CLUSTER, Followers, Leader, Replica, ReplicaSeed, eventually, node_id
 
+from tests.replication.replicas import CLUSTER, Followers, Leader, Replica, ReplicaSeed, node_id
+from tests.waiting import eventually
 from walship.engine.log import LogLimits
 from walship.errors import StorageFailed, Unavailable
 from walship.formats.checksum import FLAG

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from talk import TIP, frames_after
-
+from tests.replication.talk import TIP, frames_after
 from walship.engine.log import FrameRef
 from walship.replication.tail import Tail
 
