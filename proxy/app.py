@@ -33,6 +33,7 @@ from proxy.websocket import SocketStream
 from walship import __version__
 from walship.config import ProxyConfig, open_gate
 from walship.coordination.baton_key import baton_key
+from walship.coordination.etcd_url import hide_password
 from walship.coordination.presence import Presence
 from walship.coordination.store import Store, open_store
 from walship.errors import AuthFailed
@@ -284,7 +285,7 @@ async def serve(proxy: Proxy, listener: socket.socket, on_ready: Callable[[str],
     with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not the main thread: a test's loop
         for number in handled:
             loop.add_signal_handler(number, proxy.drain)
-    log.info("listen url=%s cluster=%s", proxy.url, proxy.config.cluster_url)
+    log.info("listen url=%s cluster=%s", proxy.url, hide_password(proxy.config.cluster_url))
     if on_ready is not None:
         on_ready(proxy.url)
     try:

@@ -52,7 +52,7 @@ class NodeConfig:
 
     name: str
     data_dir: Path
-    cluster_url: str
+    cluster_url: str = dataclasses.field(repr=False)  # it may have a password
     listen_host: str = "127.0.0.1"
     listen_port: int = 0
     advertise: str | None = None  # URL others reach this node by; None: from the address really bound
@@ -86,7 +86,7 @@ class NodeConfig:
 class ProxyConfig:
     """One proxy. `wait_seconds` bounds how long a read waits on a follower before it goes to the leader."""
 
-    cluster_url: str
+    cluster_url: str = dataclasses.field(repr=False)  # it may have a password
     name: str = "proxy"
     listen_host: str = "127.0.0.1"
     listen_port: int = 8080
@@ -278,7 +278,13 @@ _SIZE_WORDS = "a size such as 512MiB or 4GiB"
 _URL_WORDS = "an http:// or https:// URL"
 _LEVELS = "debug|info|warning|error"
 
-_CLUSTER = Setting("cluster", _field("cluster_url", _cluster), "file:///DIRECTORY (absolute)", required=True)
+_CLUSTER = Setting(
+    "cluster",
+    _field("cluster_url", _cluster),
+    "file:///DIRECTORY (absolute), or etcd://HOST:2379[,HOST:2379]/NAME",
+    required=True,
+    secret=True,  # it may have a password
+)
 _LISTEN = Setting("listen", _listen, _LISTEN_WORDS)
 _ADVERTISE = Setting("advertise", _field("advertise", _url), _URL_WORDS + " that others can reach")
 _CONSISTENCY = Setting("consistency", _field("consistency", _level), "any, session, linearizable")

@@ -87,7 +87,7 @@ def test_help_teaches_with_examples(name: str, capsys: pytest.CaptureFixture[str
         (["up", "--followers"], "requires an argument"),
         (["up", "--followers", "many"], "--followers = 'many' is not allowed; allowed: 0 to 16"),
         (["node", "--name", "a"], "--cluster is missing"),
-        (["proxy", "--cluster", "etcd://host/name"], "etcd comes with failover"),
+        (["proxy", "--cluster", "etcd://u:hush@host"], "u:***@host': after the hosts stands the cluster's name"),
         (["status", "ftp://host"], "is not allowed"),
         (["up", "--config", "/absent.toml"], "cannot be read"),
     ],

@@ -45,10 +45,10 @@ def test_a_flag_beats_the_environment_which_beats_the_file(tmp_path: Path) -> No
 
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(UsageError) as caught:
-        build(NodeConfig, {"cluster": "etcd://h/n", "priority": "high"}, environ={"WALSHIP_LOG_MAX": "lots"})
+        build(NodeConfig, {"cluster": "etcd://h", "priority": "high"}, environ={"WALSHIP_LOG_MAX": "lots"})
     words = str(caught.value)
     assert len(words.splitlines()) == 5
-    for part in ("--name is missing", "--data is missing", "comes with failover", "-100 to 100", "WALSHIP_LOG_MAX ="):
+    for part in ("--name is missing", "--data is missing", "the cluster's name", "-100 to 100", "WALSHIP_LOG_MAX ="):
         assert part in words
 
 

@@ -12,32 +12,10 @@ from pathlib import Path
 import apsw
 import pytest
 
+from tests.coordination.test_store import ADDER, next_change
 from walship.coordination.file_store import FileStore, HeldLock, holder_alive
 from walship.coordination.store import Change, Versioned, open_store
-from walship.errors import CompareFailed, StoreUnavailable, UsageError
-
-ADDER = """
-import asyncio, sys
-from walship.coordination.store import open_store
-from walship.errors import CompareFailed
-
-async def main(url, times):
-    store = open_store(url)
-    done = 0
-    while done < times:
-        seen = await store.get("n")
-        try:
-            if seen is None:
-                await store.put_if("n", b"1", version=None)
-            else:
-                await store.put_if("n", str(int(seen.value) + 1).encode(), version=seen.version)
-            done += 1
-        except CompareFailed:
-            pass
-    await store.close()
-
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
-"""
+from walship.errors import StoreUnavailable, UsageError
 
 HOLDER = """
 import sys
@@ -59,70 +37,6 @@ async def opened(directory: Path) -> AsyncIterator[FileStore]:
         await store.close()
 
 
-async def next_change(changes: AsyncIterator[Change]) -> Change:
-    return await asyncio.wait_for(anext(changes), 5)
-
-
-async def test_put_if_absent_succeeds_once(tmp_path: Path) -> None:
-    async with opened(tmp_path) as store:
-        version = await store.put_if("leader", b"a", version=None)
-        with pytest.raises(CompareFailed, match="leader is at version 1, not absent"):
-            await store.put_if("leader", b"b", version=None)
-        assert await store.get("leader") == Versioned(b"a", version)
-
-
-async def test_put_if_refuses_an_old_version(tmp_path: Path) -> None:
-    async with opened(tmp_path) as store:
-        first = await store.put_if("leader", b"a", version=None)
-        second = await store.put_if("leader", b"b", version=first)
-        with pytest.raises(CompareFailed):
-            await store.put_if("leader", b"c", version=first)
-        assert await store.get("leader") == Versioned(b"b", second)
-
-
-async def test_versions_are_not_reused_after_a_delete(tmp_path: Path) -> None:
-    """Or a compare could be fooled by delete and create (store.py: no A-B-A)."""
-    async with opened(tmp_path) as store:
-        first = await store.put_if("k", b"a", version=None)
-        await store.delete("k", version=first)
-        assert await store.get("k") is None
-        assert await store.put_if("k", b"a", version=None) > first
-        with pytest.raises(CompareFailed):
-            await store.delete("k", version=first)
-
-
-async def test_list_takes_a_prefix_literally(tmp_path: Path) -> None:
-    async with opened(tmp_path) as store:
-        for key in ("nodes/a", "nodes/b", "nodes_c", "terms/1", "node%"):
-            await store.put_if(key, key.encode(), version=None)
-        assert list(await store.list("nodes/")) == ["nodes/a", "nodes/b"]
-        assert list(await store.list("node%")) == ["node%"]
-        assert len(await store.list("")) == 5
-
-
-async def test_changes_by_several_processes_all_count(tmp_path: Path) -> None:
-    """Four processes increment one record by compare-and-swap from nothing; no increment is lost."""
-    command = [sys.executable, "-c", ADDER, f"file://{tmp_path / 'store'}", "25"]
-    adders = [await asyncio.create_subprocess_exec(*command) for _ in range(4)]
-    assert [await adder.wait() for adder in adders] == [0, 0, 0, 0]
-    async with opened(tmp_path / "store") as store:
-        state = await store.get("n")
-    assert state is not None
-    assert state.value == b"100"
-
-
-async def test_watch_begins_with_the_present_and_goes_on_with_changes(tmp_path: Path) -> None:
-    async with opened(tmp_path) as store, opened(tmp_path) as other:
-        version = await other.put_if("nodes/a", b"1", version=None)
-        async with contextlib.aclosing(store.watch("nodes/")) as changes:
-            assert await next_change(changes) == Change("nodes/a", Versioned(b"1", version))
-            await other.put_if("leader", b"not under the prefix", version=None)
-            newer = await other.put_if("nodes/a", b"2", version=version)
-            assert await next_change(changes) == Change("nodes/a", Versioned(b"2", newer))
-            await other.delete("nodes/a", version=newer)
-            assert await next_change(changes) == Change("nodes/a", None)
-
-
 async def test_watch_is_woken_by_another_process_before_the_poll(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,20 +51,6 @@ async def test_watch_is_woken_by_another_process_before_the_poll(
         change = await waiting
     assert change.state is not None
     assert change.state.value == b"1"
-
-
-async def test_a_watch_ends_when_the_store_closes(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
-    await store.put_if("a", b"", version=None)
-    changes = store.watch("")
-    assert (await next_change(changes)).key == "a"
-    waiting = asyncio.ensure_future(next_change(changes))
-    await store.list("")
-    await store.close()
-    with pytest.raises(StopAsyncIteration):
-        await waiting
-    with pytest.raises(StoreUnavailable, match="closed"):
-        await store.get("a")
 
 
 async def test_a_locked_store_is_unavailable_within_its_deadline(tmp_path: Path) -> None:
@@ -185,7 +85,6 @@ async def test_a_damaged_store_is_a_typed_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("etcd://host:2379/name", "comes with failover"),
         ("file://relative/dir", "relative paths"),
         ("file:relative", "names no directory"),
         ("file:///C:/data", "Windows"),

@@ -51,7 +51,9 @@ def _option(flag: str, metavar: str, words: str) -> Any:
     return typer.Option(f"--{flag}", metavar=metavar, help=words)
 
 
-_CLUSTER = _option("cluster", "URL", "Where the cluster's records are: file:///DIRECTORY, the same for all parts.")
+_CLUSTER = _option(
+    "cluster", "URL", "Where the cluster's records are: file:///DIRECTORY, or etcd://HOST/NAME; the same for all parts."
+)
 _ADVERTISE = _option("advertise", "URL", "How others reach this process. Default: the address it listens on.")
 _DRAIN = _option("drain-seconds", "S", "Time to finish running requests when stopped. Default 10.")
 _LEVEL = _option("log-level", "LEVEL", "debug, info, warning or error. Default info.")

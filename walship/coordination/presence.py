@@ -1,7 +1,8 @@
 """Which proxies live, and is this one alone? (R18: several proxies share their floor through the leader.)
 
-Each proxy has a record `proxies/<name>` and holds an flock beside the store for as long as its process lives; the
-kernel drops that however the process ends, so a record without its lock is a dead proxy's (failover.md 3.3).
+Each proxy has a record `proxies/<name>` and holds an flock for as long as its process lives; the kernel drops that
+however the process ends (failover.md 3.3). Whoever has a record and is not proven dead by such a lock counts as alive
+(`witness.py`).
 
 A proxy that is alone answers `session` reads from what it knows itself. That must end before another one
 acknowledges its first write, and a notice can come late or not at all. So nobody relies on notices:
@@ -18,53 +19,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import os
-import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
-import msgspec
-
 from walship.coordination.baton_key import BATON_KEY
-from walship.coordination.file_store import HeldLock, holder_alive
-from walship.coordination.store import Store, check_store_url
-from walship.errors import CompareFailed, StoreUnavailable, UsageError
+from walship.coordination.store import Store
+from walship.coordination.witness import PROXIES, Witness, open_witness
+from walship.errors import CompareFailed, StoreUnavailable
 
-__all__ = ["JOIN_SECONDS", "PROXIES", "TRUST_SECONDS", "Presence", "ProxyRecord"]
-
-PROXIES = "proxies/"
-FORMAT = 1
+__all__ = ["JOIN_SECONDS", "PROXIES", "TRUST_SECONDS", "Presence"]
 
 LOOK_SECONDS = 0.25
 TRUST_SECONDS = 1.0
 JOIN_SECONDS = 1.2
-MAX_NAMESAKES = 100
 
 log = logging.getLogger("walship.presence")
-
-
-class ProxyRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a proxy is found. `boot_nonce` differs at each start."""
-
-    format: int = FORMAT
-    name: str
-    url: str
-    pid: int = 0
-    boot_nonce: str = ""
 
 
 class Presence:
     """This proxy among the proxies of its cluster. Make it with `join`; `run` must run while the proxy serves."""
 
-    def __init__(self, store: Store, locks: Path, lock: HeldLock, name: str, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, witness: Witness, name: str, clock: Callable[[], float]) -> None:
         self.name = name
         self.others: tuple[str, ...] = ()
         self.doubt = 1
-        self._store, self._locks, self._lock, self._clock = store, locks, lock, clock
+        self._store, self._witness, self._clock = store, witness, clock
         self._looked: float | None = None
 
     @classmethod
@@ -75,15 +56,12 @@ class Presence:
 
         Raises StoreUnavailable, and UsageError when the lock cannot be made.
         """
-        locks = check_store_url(cluster_url) / "proxies"
-        lock, name = await asyncio.to_thread(_hold, locks, name)
+        witness = open_witness(cluster_url)
         try:
-            record = ProxyRecord(name=name, url=url, pid=os.getpid(), boot_nonce=secrets.token_hex(8))
-            await _write(store, record)
-            presence = cls(store, locks, lock, name, clock)
+            presence = cls(store, witness, await witness.register(store, name, url), clock)
             await presence.look()
         except BaseException:
-            lock.release()
+            witness.release()
             raise
         if presence.others:
             log.info("join proxies=%s", ",".join(presence.others))
@@ -100,8 +78,9 @@ class Presence:
         began = self._clock()
         found = await self._store.list(PROXIES)
         # The key says who: a record that this version cannot read is some proxy's all the same.
-        others = {key.removeprefix(PROXIES) for key in found if key != BATON_KEY} - {self.name}
-        self.others = tuple(await asyncio.to_thread(self._living, others))
+        others = {key.removeprefix(PROXIES): state for key, state in found.items() if key != BATON_KEY}
+        others.pop(self.name, None)
+        self.others = await self._witness.living(self._store, others)
         if self.others or self._looked is None or began - self._looked >= TRUST_SECONDS:
             self.doubt += 1
         self._looked = began
@@ -118,50 +97,10 @@ class Presence:
     async def leave(self) -> None:
         """Take the record away, and let go of the lock. Idempotent; a store that is away leaves a dead record."""
         key = PROXIES + self.name
+        gone = False
         with contextlib.suppress(StoreUnavailable, CompareFailed):
             found = await self._store.get(key)
             if found is not None:
                 await self._store.delete(key, version=found.version)
-        self._lock.release()
-
-    def _living(self, names: set[str]) -> list[str]:
-        try:
-            return sorted(name for name in names if holder_alive(_lock_path(self._locks, name)))
-        except OSError as error:
-            raise StoreUnavailable(f"{self._locks} cannot be looked at: {error.strerror}") from error
-
-
-def _hold(locks: Path, name: str) -> tuple[HeldLock, str]:
-    if PROXIES + name == BATON_KEY:
-        raise UsageError(f"--name {name}: this name is taken by a record of the cluster; choose another")
-    for number in itertools.count(2):
-        mine = name if number == 2 else f"{name}-{number - 1}"
-        path = _lock_path(locks, mine)
-        try:
-            if not holder_alive(path):
-                return HeldLock(path), mine
-        except UsageError:
-            continue  # somebody was quicker
-        except OSError as error:
-            raise UsageError(
-                f"{path}: {error.strerror}. A proxy needs to write beside the coordination store"
-            ) from error
-        if number > MAX_NAMESAKES:
-            break
-    raise UsageError(f"--name {name}: {MAX_NAMESAKES} live proxies have this name; choose another")
-
-
-def _lock_path(locks: Path, name: str) -> Path:
-    return locks / f"{name}.lock"
-
-
-async def _write(store: Store, record: ProxyRecord) -> None:
-    """The name is ours by its lock, so a record there is of a dead proxy, or ours from an attempt that seemed lost."""
-    for _ in range(3):
-        found = await store.get(PROXIES + record.name)
-        with contextlib.suppress(CompareFailed):
-            await store.put_if(
-                PROXIES + record.name, msgspec.json.encode(record), version=None if found is None else found.version
-            )
-            return
-    raise StoreUnavailable(f"the record of proxy {record.name} keeps changing while it is written; start it again")
+            gone = True
+        self._witness.release(record_gone=gone)

@@ -16,8 +16,9 @@ import dataclasses
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
+from walship.coordination.etcd_url import EtcdAddress, hide_password, parse_etcd_url
 from walship.errors import UsageError
 
 __all__ = ["Change", "Store", "Versioned", "check_store_url", "open_store"]
@@ -67,14 +68,14 @@ class Store(Protocol):
         """End every watch and let go of files and threads. Idempotent."""
 
 
-def check_store_url(url: str) -> Path:
-    """The directory a `file:///dir` URL names. Raises UsageError, naming what is allowed, for anything else."""
-    parts = urlsplit(url)
-    if parts.scheme == "etcd":
-        raise UsageError(f"cluster = {url!r}: etcd comes with failover; this version knows file:///DIRECTORY, one host")
-    example = "write file:// and an absolute path, such as file:///var/lib/walship/store"
+def check_store_url(url: str) -> Path | EtcdAddress:
+    """The directory a `file:///dir` URL names, or the etcd. Raises UsageError, naming what is allowed, for all else."""
+    parts = _split(url)
+    if parts.scheme in ("etcd", "etcds"):
+        return parse_etcd_url(url)
+    example = "write file:// and an absolute path, such as file:///var/lib/walship/store, or etcd://HOST:2379/NAME"
     if parts.scheme != "file":
-        raise UsageError(f"cluster = {url!r}: not a cluster URL; {example}")
+        raise UsageError(f"cluster = {hide_password(url)!r}: not a cluster URL; {example}")
     if parts.netloc:
         raise UsageError(
             f"cluster = {url!r}: {parts.netloc!r} stands where a host would; relative paths are not taken; {example}"
@@ -89,8 +90,24 @@ def check_store_url(url: str) -> Path:
     return Path(path)
 
 
-def open_store(url: str) -> Store:
-    """The store behind a cluster URL. Raises UsageError for an unknown kind, StoreUnavailable when it cannot open."""
-    from walship.coordination.file_store import FileStore  # here, so that store.py stays free of SQLite
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:  # such as half of an IPv6 address
+        raise UsageError(f"cluster = {hide_password(url)!r}: not a cluster URL: {error}") from error
 
-    return FileStore(check_store_url(url))
+
+def open_store(url: str) -> Store:
+    """The store behind a cluster URL; nothing is connected or opened before the first call.
+
+    Raises UsageError for a URL that cannot be one, or whose certificates cannot be read.
+    """
+    # Imported here, so that nobody loads SQLite for an etcd, or an HTTP client for a file.
+    place = check_store_url(url)
+    if isinstance(place, Path):
+        from walship.coordination.file_store import FileStore
+
+        return FileStore(place)
+    from walship.coordination.etcd_store import EtcdStore
+
+    return EtcdStore(place)

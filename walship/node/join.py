@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from walship.config import NodeConfig
+from walship.coordination.etcd_url import hide_password
 from walship.coordination.file_store import HeldLock
 from walship.coordination.record import ClusterRecord, LeaderRecord, Seen, create_cluster, read_cluster, read_leader
 from walship.coordination.store import Store
@@ -95,8 +96,8 @@ async def join(config: NodeConfig, store: Store) -> Membership:
 async def _found_cluster(config: NodeConfig, store: Store, state: StateFile | None) -> Seen[ClusterRecord]:
     if not config.init:
         raise UsageError(
-            f"{config.cluster_url} has no cluster record. Nothing was changed. Found a cluster with `walship up`, or "
-            "with `walship node --init` on its first node"
+            f"{hide_password(config.cluster_url)} has no cluster record. Nothing was changed. Found a cluster with "
+            "`walship up`, or with `walship node --init` on its first node"
         )
     if state is not None and state.state.cluster_id is not None:
         raise UsageError(
@@ -144,7 +145,7 @@ def _check_same_cluster(state: StateFile, record: ClusterRecord, config: NodeCon
     mine = state.state
     if mine.cluster_id not in (None, record.cluster_id):
         raise UsageError(
-            f"{config.data_dir} belongs to cluster {mine.cluster_id}, {config.cluster_url} is cluster "
+            f"{config.data_dir} belongs to cluster {mine.cluster_id}, {hide_password(config.cluster_url)} is cluster "
             f"{record.cluster_id}. Nothing was changed. Name the right --cluster, or another --data directory"
         )
     if mine.name != config.name:
