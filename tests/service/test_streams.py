@@ -12,7 +12,6 @@ from tests.service.bench import (
     Bench,
     batch,
     code_of,
-    eventually,
     execute,
     following,
     leading,
@@ -20,6 +19,7 @@ from tests.service.bench import (
     rows_of,
     steps_of,
 )
+from tests.waiting import eventually
 from walship.engine.writer import WriterLimits
 from walship.errors import (
     Draining,
