@@ -151,6 +151,7 @@ class Cluster:
         database: Path | None = None,
         node_words: tuple[str, ...] = (),
         proxy_words: tuple[str, ...] = (),
+        store: str | None = None,
     ) -> None:
         self.root = root
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
@@ -158,7 +159,7 @@ class Cluster:
         self.node_words = node_words
         self.prefix_of: Callable[[str], tuple[str, ...]] = lambda _name: ()  # what a node is run under, as strace
         self._proxy_words = proxy_words
-        self._store = f"file://{root}/store"
+        self._store = store or f"file://{root}/store"
         self._found = ["--init", "--voters", ",".join(self.names), "--ack", str(ack)]
         if database is not None:
             self._found += ["--database", str(database)]

@@ -164,6 +164,17 @@ async def test_a_stream_from_a_compacted_revision_asks_for_a_new_list(start_etcd
             assert [change async for change in store._events("", first)] == []
 
 
+async def test_a_stream_that_does_not_begin_is_given_up(start_etcd: Callable[..., Etcd]) -> None:
+    """A member that was stopped between the list and the stream takes the connection, and says nothing."""
+    etcd = start_etcd()
+    async with opened(etcd.url()) as store:
+        etcd.pause()
+        async with asyncio.timeout(module.READ_SECONDS * 5):
+            with pytest.raises(StoreUnavailable, match="no watch within"):
+                assert [change async for change in store._events("", 1)] == []
+    etcd.resume()
+
+
 async def test_a_watch_leaves_a_member_that_hangs(start_etcd: Callable[..., Etcd]) -> None:
     """A stream to a stopped member is silent and open; the belt looks elsewhere."""
     etcd = start_etcd(3)

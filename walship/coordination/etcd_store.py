@@ -321,11 +321,12 @@ class EtcdStore:
         headers = {"grpc-metadata-hasleader": "true"}
         if self._token:
             headers["authorization"] = self._token
-        endpoint = self._at
+        endpoint, content = self._at, msgspec.json.encode({"create_request": create})
+        request = self._client.build_request("POST", self._url("/v3/watch"), content=content, headers=headers)
         try:
-            async with self._client.stream(
-                "POST", self._url("/v3/watch"), content=msgspec.json.encode({"create_request": create}), headers=headers
-            ) as response:
+            async with asyncio.timeout(READ_SECONDS):
+                response = await self._client.send(request, stream=True)
+            async with contextlib.aclosing(response):
                 lines = response.aiter_lines()
                 while (line := await self._next_line(lines)) is not None:
                     if response.status_code != 200:
@@ -336,6 +337,9 @@ class EtcdStore:
                     for event in events:
                         state = None if event.type == "DELETE" else Versioned(event.kv.value, event.kv.mod_revision)
                         yield Change(self._name(event.kv.key), state)
+        except TimeoutError as error:
+            self._leave(endpoint)
+            raise StoreUnavailable(f"{self._address}: no watch within {READ_SECONDS} s") from error
         except (httpx.HTTPError, _NotSent, _NoAnswer, _Denied) as error:
             self._leave(endpoint)
             raise StoreUnavailable(f"{self._address}: the watch ended: {str(error) or type(error).__name__}") from error

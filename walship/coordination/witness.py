@@ -130,6 +130,7 @@ class SpreadWitness:
         self._nonce = secrets.token_hex(16)
         self._lock: HeldLock | None = None
         self._boot_id = ""
+        self._recorded = False  # a record that names our lock exists, or may
 
     async def register(self, store: Store, name: str, url: str) -> str:
         await asyncio.to_thread(self._hold)
@@ -139,9 +140,13 @@ class SpreadWitness:
             if found is not None and await self.living(store, {mine: found}):
                 continue
             record = _record(mine, url, boot_nonce=self._nonce, boot_id=self._boot_id)
-            with contextlib.suppress(CompareFailed):  # somebody was quicker
+            self._recorded = True
+            try:
                 await store.put_if(key, msgspec.json.encode(record), version=None)
-                return mine
+            except CompareFailed:  # somebody was quicker
+                self._recorded = False
+                continue
+            return mine
         raise _no_name(name)
 
     async def living(self, store: Store, found: Mapping[str, Versioned]) -> tuple[str, ...]:
@@ -155,7 +160,7 @@ class SpreadWitness:
     def release(self, *, record_gone: bool = False) -> None:
         if self._lock is not None:
             self._lock.release()
-            if record_gone:  # else the file is the proof that this proxy is dead
+            if record_gone or not self._recorded:  # else the file is the proof that this proxy is dead
                 self._lock.path.unlink(missing_ok=True)
 
     def _hold(self) -> None:
@@ -181,7 +186,7 @@ class SpreadWitness:
                 continue
             path = self._path(record.boot_nonce)
             with contextlib.suppress(OSError):  # what cannot be looked at proves nothing
-                if path.exists() and not holder_alive(path) and path.exists():
+                if not holder_alive(path) and path.exists():  # in this order: its owner may be removing it
                     dead[name] = path
         return dead
 
