@@ -83,4 +83,21 @@ RUNS = (
     breaks("m4", "MAXT=3 MAXC=1 MAXK=0 S5=0", "the target acked P before the compare-and-swap (3.7 S5)"),
     breaks("m4", "MAXT=3 MAXC=1 MAXK=0 VERSION=0", "every compare-and-swap compares the version (R12a)"),
     breaks("m4", "MAXT=3 MAXC=1 MAXK=0 BUMP=0", "after an unknown handoff: a renewal first (R12a)"),
+    # m5: commit tokens
+    holds("m5", "MAXT=3 MAXK=0"),
+    holds("m5", "MAXT=2 MAXK=1"),
+    holds("m5", "MAXT=2 MAXK=2", deep=True),
+    holds("m5", "MAXT=3 MAXK=1", deep=True),
+    breaks("m5", "MAXT=3 MAXK=1 ASK=0", "a second attempt only after `not done` (R19)"),
+    breaks("m5", "MAXT=3 MAXK=1 BURN=0", "`not done` burns the token (R19)"),
+    breaks(
+        "m5", "MAXT=3 MAXK=0 TERMBIND=0", "an attempt runs only in the term it was sent in (found here)", optimise=1
+    ),
+    breaks("m5", "MAXT=3 MAXK=0 SERVING=0", "only a leader whose term-start is acked answers (R19)", optimise=1),
+    breaks("m5", "MAXT=3 MAXK=1 MINTERM=0", "no leader below the highest known term is asked (3.9)"),
+    breaks("m5", "MAXT=3 MAXK=1 DONEACK=0", "`done` only when acked covers the commit (R19)"),
+    breaks("m5", "MAXT=3 MAXK=1 RUNNING=0", "a commit not yet in the log is `running` (R19)"),
+    breaks("m5", "MAXT=3 MAXK=1 REBUILT=0", "a rebuilt frame raises complete_since (R19)"),
+    breaks("m5", "MAXT=3 MAXK=1 EXPIRE=0", "forgetting tokens raises complete_since (R19)"),
+    breaks("m5", "MAXT=3 MAXK=1 SNAPTOK=0", "snapshots carry tokens and complete_since (R19)"),
 )
