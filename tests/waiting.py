@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 
-async def eventually(condition: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
+async def eventually(condition: Callable[[], object], timeout_seconds: float = 10.0) -> None:
     """Return once `condition()` holds; TimeoutError when it does not in time."""
     async with asyncio.timeout(timeout_seconds):
         while not condition():  # noqa: ASYNC110  the condition is of a part that has no event for it

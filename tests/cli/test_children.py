@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import eventually
 from walship.cli.children import LOG_MAX_BYTES, Child, CrashLoop
 from walship.errors import Unavailable, UsageError
 
@@ -47,12 +48,6 @@ async def supervised(tmp_path: Path, script: str) -> AsyncIterator[tuple[Child, 
             yield child, task, said
         finally:
             await child.stop(5)
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - the condition is another process's
-            await asyncio.sleep(0.01)
 
 
 async def failure(tmp_path: Path, script: str) -> BaseException:

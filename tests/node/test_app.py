@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.node.real_host import RealHost
-from tests.node.waiting import eventually
+from tests.waiting import eventually
 from walship.front.listen import listen
 from walship.hrana.baton import ALREADY_USED, INVALID
 from walship.node.app import NodeApp

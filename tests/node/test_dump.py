@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.node.real_host import RealHost
-from tests.node.waiting import eventually
+from tests.waiting import eventually
 from walship.front.dump import wants_row_ids
 from walship.front.listen import listen
 from walship.hrana.types import ExecuteRequest, Stmt

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.node.real_host import TERM, RealHost
-from tests.node.waiting import eventually
+from tests.waiting import eventually
 from walship.errors import NotLeader
 from walship.formats import link
 from walship.formats.position import Position

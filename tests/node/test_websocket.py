@@ -17,7 +17,7 @@ from websockets.frames import Frame, Opcode
 from tests.node.real_host import RealHost, real_leader
 from tests.node.socket_client import Socket, connected, value_rows
 from tests.node.test_clients import running
-from tests.node.waiting import eventually
+from tests.waiting import eventually
 from walship.errors import AuthFailed
 from walship.front import websocket as shell
 from walship.front.listen import Address, listen

@@ -17,6 +17,7 @@ from proxy.app import Proxy, background, serve
 from proxy.freshness import Neighbours
 from proxy.streams import StreamLimits
 from tests.proxy.small_node import History, SmallNode
+from tests.waiting import eventually
 from walship.config import ProxyConfig
 from walship.coordination.record import ClusterRecord, create_cluster
 from walship.coordination.store import Store, open_store
@@ -25,13 +26,6 @@ from walship.front.listen import listen
 
 KEY = b"k" * 32
 PATIENCE_SECONDS = 10.0
-
-
-async def eventually(predicate: Callable[[], bool]) -> None:
-    """Wait for a condition, with a bound."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while not predicate():  # noqa: ASYNC110 - what it looks at is another part's state, not ours to signal
-            await asyncio.sleep(0.002)
 
 
 def value_of(cell: dict[str, Any]) -> Any:

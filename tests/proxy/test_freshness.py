@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from proxy.freshness import Shared
-from tests.proxy.conftest import CLOSE, Cluster, Start, eventually, execute
+from tests.proxy.conftest import CLOSE, Cluster, Start, execute
+from tests.waiting import eventually
 from walship.errors import Behind, StatementFailed, Unavailable
 from walship.formats.link import ReadLevel, Role
 from walship.formats.position import Position

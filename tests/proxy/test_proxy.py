@@ -12,8 +12,9 @@ import pytest
 
 from proxy.app import run
 from proxy.streams import StreamLimits
-from tests.proxy.conftest import CLOSE, Cluster, Start, eventually, execute, proxy_serving, rows_of
+from tests.proxy.conftest import CLOSE, Cluster, Start, execute, proxy_serving, rows_of
 from tests.proxy.small_node import SmallNode
+from tests.waiting import eventually
 from walship.config import ProxyConfig
 from walship.errors import UsageError
 from walship.formats.link import Reason, Role, Verb

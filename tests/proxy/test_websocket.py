@@ -10,7 +10,8 @@ import pytest
 
 from proxy.streams import StreamLimits
 from tests.node.socket_client import Socket, connected
-from tests.proxy.conftest import Cluster, Start, eventually
+from tests.proxy.conftest import Cluster, Start
+from tests.waiting import eventually
 from walship.formats.link import Reason, Verb
 
 

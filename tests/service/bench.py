@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -178,13 +177,6 @@ async def following(bench: Bench, at: Position, limits: Limits = Limits()) -> As
     host = StandIn(bench.host.database, Watermarks(at), None, name="node2")
     async with Service(host, limits) as service:
         yield Bench(host, service)
-
-
-async def eventually(condition: Any, seconds: float = 5.0) -> None:
-    """Wait until `condition()` is true, within a bound."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 def results(reply: Reply) -> Sequence[Any]:

@@ -12,7 +12,6 @@ from tests.service.bench import (
     CLOSE,
     Bench,
     code_of,
-    eventually,
     execute,
     following,
     leading,
@@ -20,6 +19,7 @@ from tests.service.bench import (
     rows_of,
     steps_of,
 )
+from tests.waiting import eventually
 from walship.errors import Behind, Overloaded, StatementFailed, WriteLost
 from walship.formats.position import Position
 from walship.hrana.types import Level

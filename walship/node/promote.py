@@ -51,21 +51,8 @@ def promote(
             f"{database.path}: checksum {replica.checksums.rolling:016x}, the log's last frame says "
             f"{tip.checksum:016x}. This node must not lead; it re-seeds."
         )
-    header = FrameHeader(
-        flags=FrameFlags.TERM_START,
-        cluster=cluster,
-        database=1,
-        term=term,
-        min_txid=tip.position.txid + 1,
-        max_txid=tip.position.txid,
-        previous=tip.position,
-        previous_checksum=tip.checksum,
-        checksum=tip.checksum,
-        commit=tip.commit,
-        page_size=database.page_size,
-        time_ms=max(now_ms(), log.last_time_ms),
-        acked=Position(0, 0),
-    )
+    time_ms = max(now_ms(), log.last_time_ms)
+    header = FrameHeader.start_of_term(tip, term, cluster=cluster, page_size=database.page_size, time_ms=time_ms)
     log.append(header, encode_frame(header))
     log.sync()
     failpoints.reach("leader.term_started")

@@ -97,6 +97,25 @@ class FrameHeader:
             raise CorruptRecord(f"a frame leads from {self.previous} to {self.position}, which is not forward")
         check_pages("frame", self.page_size, self.commit)
 
+    @classmethod
+    def start_of_term(cls, after: Tip, term: int, *, cluster: bytes, page_size: int, time_ms: int) -> Self:
+        """The frame that opens `term` on a history that ends at `after`: it changes nothing but the term."""
+        return cls(
+            flags=FrameFlags.TERM_START,
+            cluster=cluster,
+            database=DATABASE,
+            term=term,
+            min_txid=after.position.txid + 1,
+            max_txid=after.position.txid,
+            previous=after.position,
+            previous_checksum=after.checksum,
+            checksum=after.checksum,
+            commit=after.commit,
+            page_size=page_size,
+            time_ms=time_ms,
+            acked=Position(0, 0),
+        )
+
     @property
     def position(self) -> Position:
         """The position after the frame."""
