@@ -25,6 +25,7 @@ from walship.errors import (
     Draining,
     NotLeader,
     NotReadOnly,
+    OutcomeUnknown,
     Overloaded,
     ProtocolViolation,
     StatementFailed,
@@ -551,6 +552,28 @@ async def test_endless_read_of_a_stream_is_interrupted_and_the_stream_lives_on(t
         reply, answers = await bench.on(0, execute("BEGIN"), execute(ENDLESS), execute("SELECT 1"))
         assert [code_of(answers[1]), rows_of(answers[2])] == ["SQLITE_INTERRUPT", [[1]]]
         assert state_of(bench, reply.stream) is not State.AUTOCOMMIT
+
+
+async def test_drain_tells_who_waits_for_acknowledgments_that_the_outcome_is_unknown(tmp_path: Path) -> None:
+    """A typed answer, and a stop that does not wait for followers that are away."""
+    async with leading(tmp_path / "n", Limits(), acknowledging=False) as bench:
+        call = asyncio.ensure_future(bench.run("CREATE TABLE t (a)"))
+        await eventually(lambda: bench.host.watermarks.durable != bench.host.watermarks.acked)
+        await bench.service.drain(0.1)
+        async with asyncio.timeout(5):
+            with pytest.raises(OutcomeUnknown):
+                await call
+
+
+async def test_drain_ends_although_a_write_in_the_writer_thread_does_not(bench: Bench) -> None:
+    """A stop must end: what is not committed when its time is up is not done, in the shared writer too."""
+    await bench.run("CREATE TABLE t (a)")
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) INSERT INTO t SELECT max(i) FROM n"
+    call = asyncio.ensure_future(bench.run(endless))
+    await eventually(lambda: bench.host.writer is not None and bench.host.writer.statistics().queued == 1)
+    await bench.service.drain(0.1)
+    async with asyncio.timeout(5):
+        assert code_of(await call) == "SQLITE_INTERRUPT"
 
 
 async def test_drain_ends_although_a_statement_does_not(bench: Bench) -> None:
