@@ -100,4 +100,22 @@ RUNS = (
     breaks("m5", "MAXT=3 MAXK=1 REBUILT=0", "a rebuilt frame raises complete_since (R19)"),
     breaks("m5", "MAXT=3 MAXK=1 EXPIRE=0", "forgetting tokens raises complete_since (R19)"),
     breaks("m5", "MAXT=3 MAXK=1 SNAPTOK=0", "snapshots carry tokens and complete_since (R19)"),
+    # m6: proxy floors
+    holds("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=0"),
+    holds("m6", "SCOPE=1 MAXC=1 MAXK=0 MAXR=0"),
+    holds("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=1", deep=True),
+    holds("m6", "SCOPE=0 MAXC=1 MAXK=1 MAXR=0", deep=True),
+    breaks("m6", "SCOPE=1 MAXC=1 MAXK=0 MAXR=0 FETCH=0", "with several proxies the floor is fetched (R18)"),
+    breaks("m6", "SCOPE=1 MAXC=1 MAXK=0 MAXR=0 LEASE=0", "a leader gives floors under a live lease only (found here)"),
+    breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=0 WFLOOR=0", "a write's reply raises the floor (R18)"),
+    breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=0 RFLOOR=0", "a read's reply raises the floor (R17)"),
+    breaks("m6", "SCOPE=1 MAXC=1 MAXK=0 MAXR=0 GATE=0", "on the leader no read is answered before it is acked (R17)"),
+    breaks("m6", "SCOPE=1 MAXC=1 MAXK=1 MAXR=0 APPLYDUR=0", "a voter shows only what its log has durably", deep=True),
+    breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=1 START=0", "a starting proxy takes a floor first (R18)", optimise=1),
+    breaks(
+        "m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=1 STARTQ=0", "with no leader, the best of all voters but n (R18)", optimise=1
+    ),
+    breaks(
+        "m6", "SCOPE=1 MAXC=1 MAXK=1 MAXR=0 JOIN=0", "a node that led serves only after it follows (I21)", deep=True
+    ),
 )
