@@ -110,7 +110,7 @@ RUNS = (
     breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=0 WFLOOR=0", "a write's reply raises the floor (R18)"),
     breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=0 RFLOOR=0", "a read's reply raises the floor (R17)"),
     breaks("m6", "SCOPE=1 MAXC=1 MAXK=0 MAXR=0 GATE=0", "on the leader no read is answered before it is acked (R17)"),
-    breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=1 START=0", "a starting proxy takes a floor first (R18)", optimise=1),
+    breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=1 START=0", "a starting proxy takes a floor first (R18)", deep=True),
     breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=1 STARTPOS=0", "and all that the leader has (R18)", optimise=1),
     breaks("m6", "SCOPE=0 MAXC=1 MAXK=0 MAXR=1 STARTQ=0", "or the best of all voters but n (R18)", deep=True),
     breaks("m6", "SCOPE=0 MAXC=1 MAXK=1 MAXR=0 JOIN=0", "a node that led serves after it follows (I21)", deep=True),
