@@ -120,7 +120,9 @@ class Floors:
             if began is not None:
                 self._position = Position(status.term, began)
         if not self.ready:
-            self.raise_to(status.acked if status.acked.term else status.durable)
+            # Its whole position, not what it counts as acknowledged: a leader counts later than it acknowledged
+            # (docs/model.md, m6).
+            self.raise_to(status.durable)
             self.ready = True
 
     def start_without_leader(self, durable: Iterable[Position]) -> None:
