@@ -118,6 +118,17 @@ async def test_steps_are_counted_per_run_and_not_per_prepared_statement(bench: B
     assert bench.service.status().reads_moved == 0
 
 
+async def test_a_read_over_its_budget_does_not_cost_the_next_batch_its_begin(tmp_path: Path) -> None:
+    """SQLite calls the progress handler for our own BEGIN, COMMIT and ROLLBACK as well, now and then; with a stride of
+    one step always. Interrupted there, a batch failed as a whole, and a worker died with everything queued for it."""
+    limits = Limits(step_stride=1, worker_stride=1, inline_steps=500, read_seconds=0.05, read_workers=1)
+    async with leading(tmp_path / "n", limits) as bench:
+        endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+        for _ in range(3):
+            assert code_of(await bench.run(endless)) == "SQLITE_INTERRUPT"
+            assert await bench.rows("SELECT 1") == [[1]]
+
+
 async def test_a_clock_that_jumps_banishes_nobody(tmp_path: Path) -> None:
     """perf.md 3, trap 2: the budget is steps, not time, so a descheduled thread changes nothing."""
     now = [0.0]

@@ -21,6 +21,8 @@ class Limits:
     """A cursor hands out about this much at a time."""
     step_stride: int = 1_000
     """VM instructions between two calls of the progress handler: +2 % on a scan, nothing on a point read."""
+    worker_stride: int = 10_000
+    """The same on a worker, whose reads are long."""
     inline_steps: int = 50_000
     """What a read may cost on the loop thread before it moves to a worker: about 0.5 ms."""
     tick_steps: int = 200_000

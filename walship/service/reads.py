@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
 import time
@@ -69,6 +70,7 @@ class Reads:
         self._scheduled = False
         self._slow: dict[str, float] = {}
         self._hits = 0
+        self._counting = False
         self._budget_hits = max(1, limits.inline_steps // limits.step_stride)
         self._connection = host.database.connect_reader()
         self._executor = _reader(self._connection, limits, value_bytes=limits.inline_value_bytes)
@@ -240,6 +242,7 @@ class Reads:
     def _run_inline(self, member: _Member) -> list[bytes] | BaseException | None:
         """The member's answer or its error; None when it moved to a worker."""
         self._hits = 0
+        self._counting = True
         try:
             answer = member.run(self._executor)
             self.inline += 1
@@ -253,10 +256,14 @@ class Reads:
             return None
         except (WalshipError, _TooLarge, apsw.Error) as error:
             return error
+        finally:
+            self._counting = False
 
     def _over_budget(self) -> bool:
+        # SQLite counts steps per prepared statement, across runs: our own BEGIN and COMMIT get here too, now and then,
+        # and must not pay for the member before them.
         self._hits += 1
-        return self._hits > self._budget_hits
+        return self._counting and self._hits > self._budget_hits
 
     def _is_slow(self, text: str) -> bool:
         until = self._slow.get(text)
@@ -279,32 +286,36 @@ class Reads:
         with contextlib.suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         connection = self._host.database.connect_reader()
-        deadline = [0.0]
-        connection.set_progress_handler(lambda: self._closing or self._clock() > deadline[0], 10_000)
+        deadline = [math.inf]  # inf between reads: our own BEGIN and ROLLBACK are never interrupted
+        connection.set_progress_handler(
+            lambda: deadline[0] < math.inf and (self._closing or self._clock() > deadline[0]),
+            self._limits.worker_stride,
+        )
         executor = _reader(connection, self._limits, value_bytes=self._limits.value_bytes)
         try:
             while (member := self._queue.get()) is not None:
                 if member.abandoned:
                     continue
-                deadline[0] = self._clock() + self._limits.read_seconds
-                answer = self._run_apart(connection, executor, member)
+                answer = self._run_apart(connection, executor, member, deadline)
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                     member.loop.call_soon_threadsafe(_settle, member, answer)
         finally:
             connection.close(True)
 
     def _run_apart(
-        self, connection: apsw.Connection, executor: Executor, member: _Member
+        self, connection: apsw.Connection, executor: Executor, member: _Member, deadline: list[float]
     ) -> tuple[list[bytes], Position] | BaseException:
         try:
             connection.execute("BEGIN")
             # Take the snapshot now, so that hi is not put off until the end of a long read.
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
             hi = seen(self._host)
+            deadline[0] = self._clock() + self._limits.read_seconds
             return member.run(executor), hi
         except BaseException as error:  # noqa: BLE001  not swallowed: it is raised where the client waits
             return error
         finally:
+            deadline[0] = math.inf
             if not connection.get_autocommit():
                 connection.execute("ROLLBACK")
 

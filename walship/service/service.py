@@ -276,7 +276,9 @@ class Service:
         return self._shared[1]
 
     def _shall_stop_job(self) -> bool:
-        return self._connections.closing or self._clock() > self._write_until
+        # Only while a job runs: our own ROLLBACK after it must not be interrupted.
+        running = self._write_until < math.inf
+        return running and (self._connections.closing or self._clock() > self._write_until)
 
     def _check_may_write(self, call: Call) -> None:
         if call.read_only:
