@@ -148,6 +148,19 @@ class TestAcknowledgments:
             await writer.submit(insert(3))
             assert read(leader.database, "SELECT id FROM t") == [(1,), (3,)]
 
+    async def test_a_disk_that_is_nearly_full_stops_admission_before_begin(self, tmp_path: Path) -> None:
+        """R5: typed, not done, while a reserve remains. Any disk has less than an exabyte left."""
+        node = LeaderNode(tmp_path / "n")
+        writer = node.start_writer(limits=WriterLimits(reserve_bytes=1 << 60, admission_wait_seconds=0.1))
+        try:
+            with pytest.raises(Overloaded, match="nearly full"):
+                await writer.submit(lambda connection: connection.execute("CREATE TABLE t(v)").fetchall())
+            with pytest.raises(Overloaded, match="nearly full"):
+                await writer.turn()
+            assert writer.statistics().jobs == 0
+        finally:
+            await node.stop()
+
     async def test_admission_stops_at_the_bound_of_unacknowledged_bytes(self, tmp_path: Path) -> None:
         limits = WriterLimits(unacked_bytes=20_000, ack_stall_seconds=60, admission_wait_seconds=0.05)
         async with writing(tmp_path, required=1, limits=limits) as (leader, writer):

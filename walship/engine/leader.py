@@ -14,6 +14,7 @@ moved forward only inside `checkpoint` and right after a generation began (engin
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -256,6 +257,11 @@ class Leader:
     def wal_bytes(self) -> int:
         """Bytes of frames in the present generation of the -wal. From any thread."""
         return self.database.index.header().mx_frame * (FRAME_HEADER_SIZE + self.database.page_size)
+
+    def free_bytes(self) -> int:
+        """What the disk still gives to the -wal and to the log, the lesser of the two (R5). From any thread."""
+        places = (os.statvfs(self.database.path.parent), os.statvfs(self.log.directory))
+        return min(place.f_bavail * place.f_frsize for place in places)
 
     def held_back_seconds(self) -> float:
         """For how long a reader has kept the -wal from being emptied; 0 when none does. From any thread."""

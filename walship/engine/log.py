@@ -223,6 +223,10 @@ class Log:
         return next((segment.page_size for segment in reversed(self._list()) if segment.page_size), 0)
 
     @property
+    def directory(self) -> Path:
+        return self._directory
+
+    @property
     def last_time_ms(self) -> int:
         """Time of the newest frame (or of the log's beginning): no later frame may be dated before it (R3)."""
         return max(segment.last_time_ms for segment in self._list()[-2:])

@@ -43,7 +43,9 @@ _BUSY_SECONDS = 2.0  # how long a job waits for a foreign writer
 
 @dataclass(frozen=True, slots=True)
 class WriterLimits:
-    """Bounds of the writer (R14, R21).
+    """Bounds of the writer (R5, R14, R21).
+
+    reserve_bytes: with less than this free for -wal or log no write is admitted, while what runs can still end well.
 
     admission_wait_seconds: how long a write waits for room before it is refused as not done.
     ack_timeout_seconds: after this a durable commit without enough acknowledgments is reported as outcome unknown;
@@ -51,6 +53,7 @@ class WriterLimits:
     foreign_poll_seconds: an idle writer looks this often for commits of other programs.
     """
 
+    reserve_bytes: int = 32 << 20
     queued_jobs: int = 4096
     group_jobs: int = 512
     unacked_bytes: int = 16 << 20
@@ -263,6 +266,9 @@ class Writer:
 
     def _full(self) -> str | None:
         limits = self._limits
+        free_bytes = self._leader.free_bytes()
+        if free_bytes < limits.reserve_bytes:
+            return f"the leader's disk is nearly full: {free_bytes >> 20} MiB are left (R5)"
         if self._queued >= limits.queued_jobs:
             return f"{self._queued} writes are queued already"
         if self._unacked_bytes > limits.unacked_bytes or len(self._unacked) > limits.unacked_groups:
