@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -37,6 +38,8 @@ __all__ = ["Writer", "WriterLimits", "WriterStatistics"]
 _log = logging.getLogger("walship.engine")
 
 T = TypeVar("T")
+
+_DISK_LOOK_SECONDS = 0.1  # the reserve is far more than is written meanwhile
 
 _BUSY_SECONDS = 2.0  # how long a job waits for a foreign writer
 
@@ -136,6 +139,7 @@ class Writer:
         self._limits = limits
         self._on_failure = on_failure
         self._clock = clock
+        self._free_bytes, self._free_until = 0, -math.inf
         self._queue: queue.SimpleQueue[_Job | Turn | _Call | None] = queue.SimpleQueue()
         self._queued = 0
         self._unacked: deque[_Group] = deque()
@@ -266,9 +270,11 @@ class Writer:
 
     def _full(self) -> str | None:
         limits = self._limits
-        free_bytes = self._leader.free_bytes()
-        if free_bytes < limits.reserve_bytes:
-            return f"the leader's disk is nearly full: {free_bytes >> 20} MiB are left (R5)"
+        now = self._clock()
+        if now >= self._free_until:  # the question lets go of the GIL, which is dear beside the writer thread
+            self._free_bytes, self._free_until = self._leader.free_bytes(), now + _DISK_LOOK_SECONDS
+        if self._free_bytes < limits.reserve_bytes:
+            return f"the leader's disk is nearly full: {self._free_bytes >> 20} MiB are left (R5)"
         if self._queued >= limits.queued_jobs:
             return f"{self._queued} writes are queued already"
         if self._unacked_bytes > limits.unacked_bytes or len(self._unacked) > limits.unacked_groups:
