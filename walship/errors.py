@@ -23,6 +23,7 @@ Branches follow what the caller may do, not where the error was found::
     │   ├── Draining               the process is shutting down
     │   └── TransactionTimeout     an interactive transaction held the write turn too long; it was rolled back
     ├── OutcomeUnknown             the write may or may not be durable; look before sending it again
+    ├── CommittedResultLost        the write is committed and acknowledged, and its rows were lost with the answer
     ├── WriteLost                  a position the client saw is in no surviving history
     ├── Unavailable                a peer, the store or the leader cannot be reached; data is not affected
     │   └── StoreUnavailable       the coordination store did not answer
@@ -44,6 +45,7 @@ from typing import ClassVar
 __all__ = [
     "AuthFailed",
     "Behind",
+    "CommittedResultLost",
     "CompareFailed",
     "CorruptData",
     "CorruptDatabase",
@@ -206,6 +208,15 @@ class OutcomeUnknown(WalshipError):
     """Raised when a write may have become durable but nobody can say yet."""
 
     code = "WALSHIP_OUTCOME_UNKNOWN"
+
+
+class CommittedResultLost(WalshipError):
+    """Raised when a write is known to be committed and acknowledged, but its result went with its first answer (R19).
+
+    The words name the position that covers it.
+    """
+
+    code = "WALSHIP_COMMITTED_RESULT_LOST"
 
 
 class WriteLost(WalshipError):

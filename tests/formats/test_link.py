@@ -17,6 +17,8 @@ from walship.formats.link import (
     Leader,
     LinkReader,
     Message,
+    Outcome,
+    OutcomeBody,
     ReadLevel,
     Reason,
     Refusal,
@@ -52,6 +54,9 @@ requests = st.builds(
     u64,
     u32,
     st.integers(-1, 127),
+    u64,
+    u64,
+    u64,
 )
 reply_flags = st.sampled_from([ReplyFlags.NONE, ReplyFlags.AUTOCOMMIT])
 statuses = st.integers(0, 65535)
@@ -77,7 +82,7 @@ node_statuses = st.builds(
     positions,
     u32,
     st.none() | st.integers(0, 2**32 - 2),
-    st.sampled_from([StatusFlags.NONE, StatusFlags.SERVING, StatusFlags.SERVING | StatusFlags.DRAINING]),
+    st.integers(0, 15).map(StatusFlags),
     st.lists(st.tuples(u64, u64), max_size=16).map(tuple),
 )
 messages = st.one_of(
@@ -139,10 +144,13 @@ def test_after_a_violation_nothing_more_is_read() -> None:
 
 def test_offsets_are_those_of_the_documentation() -> None:
     floor = Position(9, 10)
-    request = Request(7, Verb.CURSOR, b"BODY", 3, RequestFlags.KEEP, ReadLevel.LINEARIZABLE, 8, floor, 11, 12, 1)
+    request = Request(
+        7, Verb.CURSOR, b"BODY", 3, RequestFlags.KEEP, ReadLevel.LINEARIZABLE, 8, floor, 11, 12, 1, 13, 14, 15
+    )
     assert request.to_bytes() == bytes.fromhex(
-        "00000037 0000000000000007 01"
+        "0000004f 0000000000000007 01"
         "02 03 0002 02 0000000000000008 0000000000000009 000000000000000a 000000000000000b 0000000c 01"
+        "000000000000000d 000000000000000e 000000000000000f"
         "424f4459"
     )
 
@@ -163,6 +171,7 @@ ERRORS: list[WalshipError] = [
     errors.WriteLost("k"),
     errors.StorageFailed("l"),
     errors.NotDone("m"),
+    errors.CommittedResultLost("n"),
 ]
 
 
@@ -177,3 +186,11 @@ def test_errors_cross_the_link_as_themselves(error: WalshipError) -> None:
 def test_every_reason_stands_for_an_error() -> None:
     for reason in Reason:
         assert isinstance(error_of(Refusal(1, reason, "CODE", "words")), WalshipError)
+
+
+def test_an_outcome_is_read_back() -> None:
+    for sent in (OutcomeBody(Outcome.NOT_DONE), OutcomeBody(Outcome.DONE, 7, 2, -5, True)):
+        assert OutcomeBody.parse(sent.to_bytes()) == sent
+    for wrong in (b"", b"{}", b'{"outcome":"perhaps"}', b"\xff"):
+        with pytest.raises(ProtocolViolation):
+            OutcomeBody.parse(wrong)

@@ -8,7 +8,8 @@ One connection carries the requests of every client. A message is::
 asked for. Bodies, offsets inside the body:
 
     REQUEST  proxy -> node   0 verb u8 | 1 version u8 | 2 flags u16 | 4 level u8 | 5 stream u64 | 13 floor term u64 |
-                             21 floor txid u64 | 29 min_term u64 | 37 wait_ms u32 | 41 ack i8 | 42 the Hrana JSON body
+                             21 floor txid u64 | 29 min_term u64 | 37 wait_ms u32 | 41 ack i8 | 42 term u64 |
+                             50 incarnation u64 | 58 seq u64 | 66 the JSON body
     REPLY    node -> proxy   0 status u16 | 2 flags u8 | 3 stream u64 | 11 term u64 | 19 txid u64 | 27 JSON
     HEAD     node -> proxy   0 term u64 | 8 txid u64: a position that covers a cursor's rows, before its first CHUNK
     CHUNK    node -> proxy   0 bytes of a cursor reply (whole lines), or of a dump
@@ -28,13 +29,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 from walship import errors
 from walship.errors import ProtocolViolation
+from walship.formats.link_words import (
+    Outcome,
+    OutcomeBody,
+    ReadLevel,
+    Reason,
+    ReplyFlags,
+    RequestFlags,
+    Role,
+    StatusFlags,
+    Verb,
+)
 from walship.formats.position import Position
 
 __all__ = [
@@ -42,6 +54,7 @@ __all__ = [
     "MAX_MESSAGE",
     "NO_BATON",
     "NO_POSITION",
+    "NO_TOKEN",
     "Chunk",
     "CursorEnd",
     "CursorHead",
@@ -49,6 +62,8 @@ __all__ = [
     "Leader",
     "LinkReader",
     "Message",
+    "Outcome",
+    "OutcomeBody",
     "ReadLevel",
     "Reason",
     "Refusal",
@@ -72,12 +87,13 @@ CURSOR_WINDOW = 1 << 20
 
 NO_BATON = b'{"baton":null'
 NO_POSITION = Position(0, 0)
+NO_TOKEN = (0, 0)
 
 UNKNOWN_LAG = 0xFFFFFFFF
 MAX_HISTORY = 16
 
 _HEAD = struct.Struct(">IQB")
-_REQUEST = struct.Struct(">BBHBQQQQIb")
+_REQUEST = struct.Struct(">BBHBQQQQIbQQQ")
 _REPLY = struct.Struct(">HBQQQ")
 _REFUSED = struct.Struct(">BQQ")
 _GRANT = struct.Struct(">I")
@@ -86,79 +102,6 @@ _TERM_START = struct.Struct(">QQ")
 
 _KIND_REQUEST, _KIND_REPLY, _KIND_CHUNK, _KIND_END, _KIND_REFUSED, _KIND_STATUS, _KIND_GRANT, _KIND_HEAD = range(1, 9)
 _OVERHEAD = _HEAD.size - 4
-
-
-class Verb(IntEnum):
-    """What a REQUEST asks for.
-
-    READ_INDEX runs nothing: its REPLY carries a position only. By `level` that is, LINEARIZABLE: one that covers all
-    that was acknowledged or shown before, from a leader that proved by a round that it leads; SESSION: the same by
-    the leader's own knowledge; ANY: what the node asked has on disk, be it leader or follower.
-    DUMP has a body of its own (`DumpBody`); its chunks are SQL text. A REFUSED behind chunks: they are not all.
-    """
-
-    PIPELINE = 1
-    CURSOR = 2
-    CLOSE_STREAM = 3
-    READ_INDEX = 4
-    DUMP = 5
-
-
-class ReadLevel(IntEnum):
-    """How fresh a read must be (R18), as numbers; names and meaning are those of `walship.hrana.types.Level`."""
-
-    ANY = 0
-    SESSION = 1
-    LINEARIZABLE = 2
-
-
-class RequestFlags(IntFlag):
-    """READ_ONLY: refuse with NOT_READ_ONLY what would write. KEEP: keep a stream that has no state."""
-
-    NONE = 0
-    READ_ONLY = 1
-    KEEP = 2
-
-
-class ReplyFlags(IntFlag):
-    """AUTOCOMMIT: no transaction is open on the stream afterwards."""
-
-    NONE = 0
-    AUTOCOMMIT = 1
-
-
-class Role(IntEnum):
-    STARTING = 0
-    LEADER = 1
-    FOLLOWER = 2
-
-
-class StatusFlags(IntFlag):
-    """SERVING: takes requests. DRAINING: finishes what it has and takes no more."""
-
-    NONE = 0
-    SERVING = 1
-    DRAINING = 2
-
-
-class Reason(IntEnum):
-    """Why a request was refused: one word for each error a node may answer a whole request with."""
-
-    NOT_READ_ONLY = 1
-    BEHIND = 2
-    NOT_LEADER = 3
-    OVERLOADED = 4
-    DRAINING = 5
-    FENCED = 6
-    UNAVAILABLE = 7
-    PROTOCOL = 8
-    OUTCOME_UNKNOWN = 9
-    TRANSACTION_TIMEOUT = 10
-    STATEMENT = 11
-    WRITE_LOST = 12
-    STORAGE = 13
-    NOT_DONE = 14
-    FAILED = 15
 
 
 # Looking a member up costs a tenth of making one, and these are made for each request.
@@ -174,6 +117,10 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     `stream` is the node's own stream id (0 = none), `floor` the position the node must have applied (`NO_POSITION`:
     none), `min_term` the newest term the proxy knows (a leader below it answers FENCED), `ack` the followers to wait
     for (-1: the cluster's default). `body` is the client's JSON, untouched.
+
+    `term` binds the attempt to that very term (0: to none): a node that does not lead it answers FENCED or NOT_LEADER
+    and runs nothing. `incarnation` and `seq` are its commit token (R19; 0 and 0: none), never used for another attempt.
+    A write with a token must have a term.
     """
 
     id: int
@@ -187,6 +134,9 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     min_term: int = 0
     wait_ms: int = 0
     ack: int = -1
+    term: int = 0
+    incarnation: int = 0
+    seq: int = 0
 
     def to_bytes(self) -> bytes:
         head = _REQUEST.pack(
@@ -200,12 +150,29 @@ class Request(msgspec.Struct, frozen=True, gc=False):
             self.min_term,
             self.wait_ms,
             self.ack,
+            self.term,
+            self.incarnation,
+            self.seq,
         )
         return _message(self.id, _KIND_REQUEST, head, self.body)
 
     @classmethod
     def parse(cls, id: int, body: bytes) -> Request:
-        verb, version, flags, level, stream, term, txid, min_term, wait_ms, ack = _unpack(_REQUEST, body, "request")
+        (
+            verb,
+            version,
+            flags,
+            level,
+            stream,
+            floor_term,
+            floor_txid,
+            min_term,
+            wait_ms,
+            ack,
+            term,
+            incarnation,
+            seq,
+        ) = _unpack(_REQUEST, body, "request")
         return cls(
             id,
             _VERBS.get(verb) or _member(Verb, verb),
@@ -214,10 +181,13 @@ class Request(msgspec.Struct, frozen=True, gc=False):
             _REQUEST_FLAGS[flags] if flags < 4 else RequestFlags(flags),
             _LEVELS[level] if level < 3 else _member(ReadLevel, level),
             stream,
-            Position(term, txid),
+            Position(floor_term, floor_txid),
             min_term,
             wait_ms,
             ack,
+            term,
+            incarnation,
+            seq,
         )
 
     def __str__(self) -> str:
@@ -516,6 +486,7 @@ _REASONS: tuple[tuple[type[errors.WalshipError], Reason], ...] = (
     (errors.StatementFailed, Reason.STATEMENT),
     (errors.WriteLost, Reason.WRITE_LOST),
     (errors.StorageFailed, Reason.STORAGE),
+    (errors.CommittedResultLost, Reason.COMMITTED),
     (errors.WalshipError, Reason.FAILED),
 )
 _ERRORS = {reason: error for error, reason in _REASONS}
