@@ -54,6 +54,8 @@ NAMES = (
     "leader.claimed",
     "leader.term_started",
     "leader.truth_wal",
+    "leader.step_down_synced",
+    "leader.truth_log",
 )
 
 

@@ -31,7 +31,7 @@ from walship.engine.replayer import Replayer
 from walship.engine.replica import Replica
 from walship.engine.seed import SeedFile, complete_install, finish_install
 from walship.engine.watermarks import Watermarks
-from walship.errors import CorruptData, HistoryMismatch, StorageFailed, Unavailable
+from walship.errors import CorruptData, CorruptDatabase, HistoryMismatch, StorageFailed, Unavailable
 from walship.formats.frame import FrameHeader, SnapshotHeader
 from walship.formats.position import Position, Tip
 
@@ -122,7 +122,8 @@ class Follower:
         self._logged_bytes = 0  # of log frames, since the present replayer was made
         self._intake: Intake | None = None
         self._replayer: Replayer | None = None
-        watermarks.on_change(self._on_marks)
+        self._retiring = False
+        self._end_notice = watermarks.on_change(self._on_marks)
         if replica is not None:
             replica.unpin()
             if not replica.differing:  # else the log lacks what the file holds; the snapshot makes an end of that
@@ -219,8 +220,31 @@ class Follower:
 
     # --- lifetime ---------------------------------------------------------------------------------------------
 
+    @property
+    def sound(self) -> bool:
+        """True while this copy is one that could lead: nothing calls for its replacement."""
+        return self.replica is not None and not self._needs_seed and self._broken is None
+
+    async def retire(self) -> Replica:
+        """End following with the whole log applied: what a promotion begins with (R2). The replica stays open.
+
+        Raises CorruptDatabase when that did not come about: this copy cannot lead, `sound` is False.
+        """
+        replica, replayer = self.replica, self._replayer
+        if self._intake is not None:
+            await self._intake.stop()
+        self._retiring = True
+        if replayer is not None:
+            await asyncio.to_thread(replayer.finish)
+        self._end_notice()
+        if replica is None or replayer is None or replayer.applied != replica.log.tip:
+            self._broken = self._broken or "the log could not be applied to its end"
+            raise CorruptDatabase(f"{self._directory}: {self._broken}; this node does not lead, and re-seeds")
+        return replica
+
     async def stop(self) -> None:
         """Log what was received, save a mark, end both threads. The replica stays open. Idempotent."""
+        self._end_notice()
         if self._intake is not None:
             await self._intake.stop()
         if self._replayer is not None:
@@ -338,7 +362,7 @@ class Follower:
         """Replayer thread: how far may be applied. Only what is durable here, so that the log is never behind the
         database."""
         logged = self.watermarks.logged
-        if self._applies_at_once:
+        if self._applies_at_once or self._retiring:
             return logged
         acked = self.watermarks.acked
         return min(logged, acked, key=Position.order)

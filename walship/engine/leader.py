@@ -25,7 +25,7 @@ from walship.engine import failpoints
 from walship.engine.capture import Capture, Captured, WalPoint
 from walship.engine.checkpoint import CheckpointTally, passive, restart, truncate
 from walship.engine.database import Database, holding_write
-from walship.engine.durable_state import FileStamp, StateFile, WalBase
+from walship.engine.durable_state import FileStamp, StateFile, Truth, WalBase
 from walship.engine.log import FrameRef, Log
 from walship.engine.marks import Marks
 from walship.engine.snapshot import Snapshot
@@ -208,7 +208,7 @@ class Leader:
         holder = self.database.holder
         holder.set_busy_timeout(0)  # waiting while parked on a read mark could stall every writer (engine.md 8)
         try:
-            with holding_write(holder):
+            with self.database.holding_write():
                 header = self.database.index.header()
                 if self._capture.behind(header):
                     return False  # a foreign commit slipped in; it is captured first
@@ -273,7 +273,7 @@ class Leader:
         for _ in range(_PIN_TRIES):
             self.commit_group()
             try:
-                with holding_write(self.database.holder):
+                with self.database.holding_write():
                     if self._capture.behind(self.database.index.header()):
                         continue
                     snapshot = Snapshot.pin(self.database)
@@ -307,6 +307,30 @@ class Leader:
         if done:
             truncate(self._checkpointer, 100)  # nothing is copied any more, so the file keeps its stamp
         self._checkpointer.close(True)
+
+    def step_down(self) -> Tip:
+        """Stop leading because another node will (R2, demote): everything committed is captured and in the log, which
+        is the truth from here on. Only then may a SEAL be answered with the tip that is returned.
+
+        Foreign writers are held off if SQLite's lock is to be had at once; what they still slip in is found by the
+        following side (R10). Raises StorageFailed or CorruptWal: the process must end, and recounts at its next start.
+        """
+        holder = self.database.holder
+        holder.set_busy_timeout(0)
+        try:
+            with holding_write(holder):
+                self.commit_group()
+        except apsw.BusyError:
+            self.commit_group()
+        finally:
+            holder.set_busy_timeout(2000)
+        tip = self.log.sync()
+        failpoints.reach("leader.step_down_synced")
+        self._state.update(truth=Truth.LOG, base=None, next_base=None, next_base_file=None)
+        failpoints.reach("leader.truth_log")
+        self._guard.close()
+        self._checkpointer.close(True)
+        return tip
 
     def abandon(self) -> None:
         """Close this side's connections without a promise about their state: after a failure."""

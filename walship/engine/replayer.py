@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from walship.engine.apply import Applier
-from walship.engine.checkpoint import CheckpointPolicy, CheckpointTally, Step, passive, truncate
+from walship.engine.checkpoint import CheckpointPolicy, CheckpointTally, Step, empty, passive
 from walship.engine.log import FrameRef
 from walship.engine.replay import merge_frames
 from walship.engine.replica import Replica
@@ -31,8 +31,9 @@ _log = logging.getLogger("walship.engine")
 
 _MERGED_FRAMES = 512
 _MERGED_BYTES = 16 << 20
-_TRUNCATE_MS = 20
-_PATIENT_TRUNCATE_MS = 1000
+_EMPTY_SECONDS = 0.02
+_LAST_EMPTY_SECONDS = 0.1
+_PATIENT_EMPTY_SECONDS = 1.0
 
 
 class Replayer:
@@ -64,6 +65,7 @@ class Replayer:
         self._changed = threading.Condition()
         self._woken = True
         self._stopping = False
+        self._finishing = False
         self._ended: BaseException | None = None
         self._blocked = False
         self.applied: Tip = replica.log.tip
@@ -99,6 +101,15 @@ class Replayer:
         if self._thread.is_alive():
             self._thread.join()
 
+    def finish(self) -> None:
+        """Apply the log to its end (as far as `bound` allows), then end the thread, without a mark: a promotion waits.
+        Blocks until it has ended; whether it got there is to be seen in `applied`."""
+        with self._changed:
+            self._finishing = self._woken = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
     def held_back_seconds(self) -> float:
         """For how long readers have kept the -wal from being emptied; 0 when they do not. From any thread."""
         since = self._held_back_since
@@ -127,8 +138,9 @@ class Replayer:
         try:
             while self._turn():
                 pass
-            truncate(self._checkpointer, _PATIENT_TRUNCATE_MS // 10)
-            self.mark()
+            if not self._finishing:
+                self._empty(_LAST_EMPTY_SECONDS)
+                self.mark()
         except BaseException as error:  # noqa: BLE001 - handed to the owner, who decides between re-seed and exit
             _log.error("replayer failed at=%s error=%s", self.applied.position, error)
             self._end(error)
@@ -174,7 +186,7 @@ class Replayer:
             self._checkpoint()
         if self._tasks:
             self._woken = True  # what is left to apply comes after them
-        return True
+        return not self._finishing or self._woken or bool(self._tasks)
 
     def _next_frames(self) -> list[FrameRef]:
         bound = self._bound()
@@ -229,12 +241,19 @@ class Replayer:
         if step is Step.PASSIVE:
             passive(self._checkpointer)
             return
-        timeout_ms = _TRUNCATE_MS if step is Step.TRUNCATE else _PATIENT_TRUNCATE_MS
-        emptied = truncate(self._checkpointer, timeout_ms)
+        emptied = self._empty(_EMPTY_SECONDS if step is Step.TRUNCATE else _PATIENT_EMPTY_SECONDS)
         self._checkpoints.count(done=emptied)
         if emptied:
             self._policy.emptied()
-            self._applier.accept_emptied()
             self._held_back_since = None
         else:
             self._held_back_since = self._held_back_since or self._clock()
+
+    def _empty(self, wait_seconds: float) -> bool:
+        database = self._replica.database
+        if not database.fence.take():
+            return False
+        emptied = empty(database, self._checkpointer, wait_seconds)
+        if emptied:
+            self._applier.accept_emptied()
+        return emptied

@@ -73,21 +73,28 @@ class Turn:
         look_seconds: float,
         waiting: Callable[[], bool],
         look: Callable[[], None],
+        ending: Callable[[], bool] = lambda: False,
     ) -> None:
         """Writer thread: wait until released, and call the turn in when it is over its limits (R21).
 
         It may be idle for `idle_seconds` while others are `waiting`, and last `total_seconds`. Meanwhile `look` finds
-        commits of other programs, which readers may have seen already.
+        commits of other programs, which readers may have seen already. `ending`: the turn has to end now.
         """
         start = time.monotonic()
         while not self._released.wait(look_seconds):
             look()
             now = time.monotonic()
             idle = self._busy == 0 and now - self._last_used > idle_seconds and waiting()
-            if (idle or now - start > total_seconds) and not self.expired:
+            if (idle or ending() or now - start > total_seconds) and not self.expired:
                 self.expired = True
-                self._call_soon(self._call_in)
+                self._call_soon(self._tell)
 
-    def _call_in(self) -> None:
+    def call_in(self) -> None:
+        """On the loop: take the turn away now, because this node stops leading."""
+        if not self.expired:
+            self.expired = True
+            self._tell()
+
+    def _tell(self) -> None:
         if self.on_expire is not None:
             self.on_expire()

@@ -148,6 +148,7 @@ class Writer:
         self._room = asyncio.Event()
         self._counters = _Counters()
         self._draining = False
+        self._retiring = False
         self._ended = False
         self._busy_until = self._pause_seconds = 0.0
         self._broken: BaseException | None = None
@@ -216,6 +217,16 @@ class Writer:
         """On the loop, before a stop: whoever still waits for acknowledgments is told that the outcome is unknown."""
         for group in self._unacked:
             self._ack_timed_out(group, "before this node had to stop")
+
+    async def retire(self) -> None:
+        """End at once, because this node no longer leads: what has not begun is refused as not done, a turn is taken
+        away, what was committed is logged and its outcome is unknown here, as the next leader decides it (R2)."""
+        self._draining = self._retiring = True
+        if isinstance(self._alone, Turn):
+            self._alone.call_in()
+        await self.stop()
+        for group in self._unacked:
+            self._ack_timed_out(group, "before another node took over")
 
     async def stop(self) -> None:
         """Refuse new work, finish what is queued, end the thread. Idempotent."""
@@ -440,7 +451,9 @@ class Writer:
                 self._finish(running, taken)
                 return False
             taken += 1
-            if isinstance(item, _Job):
+            if self._retiring and not isinstance(item, _Call):
+                self._refuse(item)
+            elif isinstance(item, _Job):
                 running.append(item)
                 _run(item, connection)
                 if self._broken is not None:
@@ -461,6 +474,10 @@ class Writer:
         self._finish(running, taken)
         return True
 
+    def _refuse(self, item: _Job | Turn) -> None:
+        refused = Draining("this node no longer leads. This request was not run; send it to the leader.")
+        self.call_soon(_fail, item.granted if isinstance(item, Turn) else item.future, refused)
+
     def _run_alone(self, item: Turn | _Call) -> None:
         if not isinstance(item, Turn):
             self._call(item)
@@ -475,6 +492,7 @@ class Writer:
             look_seconds=min(0.05, limits.foreign_poll_seconds),
             waiting=lambda: not self._queue.empty(),
             look=self._look,
+            ending=lambda: self._retiring,
         )
         self._counters.turns_expired += item.expired
         self._finish([_Job(_nothing, item.finished, item.ack)], 1)

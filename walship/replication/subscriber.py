@@ -10,6 +10,7 @@ that: the sink keeps its state until the snapshot is verified.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -82,6 +83,7 @@ class Subscriber:
         self._reseed: str | None = None
         self._connecting = False
         self._receiver: Receiver | None = None
+        self._woken = asyncio.Event()
         self._tally = Tally()
         self._url: str | None = None
         self._last_error: str | None = None
@@ -109,6 +111,10 @@ class Subscriber:
             last_error=self._last_error,
         )
 
+    def wake(self) -> None:
+        """There is news of the leader: do not wait for the end of a pause."""
+        self._woken.set()
+
     async def run(self) -> NoReturn:
         """Follow until cancelled. Raises StorageFailed when this node's disk fails; everything else is tried again."""
         tries = 0
@@ -128,7 +134,13 @@ class Subscriber:
                 # data would end so again, maybe after a whole snapshot.
                 if self._tally.connections > welcomes and isinstance(error, Unavailable | OSError):
                     tries = 0
-            await asyncio.sleep(self._pause_seconds(tries))
+            await self._pause(self._pause_seconds(tries))
+
+    async def _pause(self, seconds: float) -> None:
+        self._woken.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
 
     def _pause_seconds(self, tries: int) -> float:
         """Full jitter: a whole cluster that lost its leader must not come back in step."""

@@ -1,6 +1,6 @@
-"""Opening a replication connection: one HTTP request that turns the connection into a stream of records.
+"""Opening a connection to a node: one HTTP request that turns it into a stream of the node's own (replication, peers).
 
-Replication shares the node's HTTP port, so that a node has one address and one firewall rule.
+Each shares the node's HTTP port, so that a node has one address and one firewall rule.
 """
 
 from __future__ import annotations
@@ -18,26 +18,31 @@ _MAX_HEAD_BYTES = 16 << 10
 _BUFFER_BYTES = 1 << 20  # of the reader; it pauses the socket at twice this
 
 
-def request_bytes(host: str, credential: str = "") -> bytes:
+def request_bytes(host: str, credential: str = "", *, path: str = PATH, protocol: str = PROTOCOL_NAME) -> bytes:
     """Return the request that asks for the upgrade; `host` is the Host header, `credential` what the node asks for."""
     shown = f"Authorization: Walship {credential}\r\n" if credential else ""
-    return (
-        f"GET {PATH} HTTP/1.1\r\nHost: {host}\r\n{shown}Connection: Upgrade\r\nUpgrade: {PROTOCOL_NAME}\r\n\r\n"
-    ).encode("ascii")
+    return (f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{shown}Connection: Upgrade\r\nUpgrade: {protocol}\r\n\r\n").encode(
+        "ascii"
+    )
 
 
-def _check_answer(head: bytes, url: str) -> None:
+def _check_answer(head: bytes, url: str, protocol: str) -> None:
     lines = head.decode("latin-1").split("\r\n")
     status = lines[0].split(" ", 2)
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
     if len(status) < 2 or not status[0].startswith("HTTP/1.1"):
         raise Unavailable(f"{url} does not speak HTTP/1.1: it answered {lines[0][:80]!r}. Check the address")
-    if status[1] != "101" or headers.get("upgrade", "").lower() != PROTOCOL_NAME:
-        raise Unavailable(f"{url} did not open a replication stream: it answered {lines[0][:80]!r}")
+    if status[1] != "101" or headers.get("upgrade", "").lower() != protocol:
+        raise Unavailable(f"{url} did not open a {protocol} stream: it answered {lines[0][:80]!r}")
 
 
 async def connect(
-    url: str, *, timeout_seconds: float, credential: str = ""
+    url: str,
+    *,
+    timeout_seconds: float,
+    credential: str = "",
+    path: str = PATH,
+    protocol: str = PROTOCOL_NAME,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to the node at `url` (http or https) and upgrade. The caller closes the writer.
 
@@ -58,11 +63,11 @@ async def connect(
             reader, writer = await asyncio.open_connection(
                 parts.hostname, port, limit=_BUFFER_BYTES, ssl=True if secure else None
             )
-            writer.write(request_bytes(parts.netloc.rpartition("@")[2], credential))
+            writer.write(request_bytes(parts.netloc.rpartition("@")[2], credential, path=path, protocol=protocol))
             head = await reader.readuntil(b"\r\n\r\n")
             if len(head) > _MAX_HEAD_BYTES:
                 raise Unavailable(f"{url} answered with {len(head)} bytes of headers; {_MAX_HEAD_BYTES} is the bound")
-            _check_answer(head, url)
+            _check_answer(head, url, protocol)
     except BaseException as error:
         if writer is not None:
             writer.close()
