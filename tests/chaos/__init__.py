@@ -1,0 +1,1 @@
+"""Chaos: real processes, real faults, histories judged by checkers that are themselves tested (docs/chaos.md)."""
