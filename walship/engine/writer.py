@@ -41,6 +41,12 @@ T = TypeVar("T")
 
 _DISK_LOOK_SECONDS = 0.1  # the reserve is far more than is written meanwhile
 
+_LEASE_OVER = "this node no longer leads, or cannot renew its lease. This request was not run; send it to the leader."
+_ANSWER_TOO_LATE = (
+    "the write is durable here, but this node's lease ended before it could be answered: the next leader decides "
+    "whether it is history. Look before sending it again."
+)
+
 _BUSY_SECONDS = 2.0  # how long a job waits for a foreign writer
 
 
@@ -123,6 +129,8 @@ class Writer:
     """The leader's writer. Create and `start` it on the event loop; `stop` drains it.
 
     on_failure: called on the loop when the thread had to end; nothing more will be acknowledged.
+    live: whether this leader's lease lasts, from any thread: asked before a write is admitted, before it runs, and
+        before it is answered (failover.md 3.2).
     """
 
     def __init__(
@@ -132,12 +140,14 @@ class Writer:
         *,
         limits: WriterLimits = WriterLimits(),
         on_failure: Callable[[BaseException], None],
+        live: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._leader = leader
         self._acks = acks
         self._limits = limits
         self._on_failure = on_failure
+        self._live = live
         self._clock = clock
         self._free_bytes, self._free_until = 0, -math.inf
         self._queue: queue.SimpleQueue[_Job | Turn | _Call | None] = queue.SimpleQueue()
@@ -264,6 +274,8 @@ class Writer:
         """R14: refuse before BEGIN, typed as not done, when the followers or the queue cannot keep up."""
         deadline: float | None = None
         while not self._draining:
+            if not self._live():
+                raise Draining(_LEASE_OVER)
             reason = self._full()
             if reason is None:
                 return
@@ -299,8 +311,10 @@ class Writer:
         self._settle_waiters()
         needs_ack = [job for job in jobs if job.ack != 0]
         for job in jobs:
-            if job.ack == 0:
+            if job.ack == 0 and self._live():
                 _answer(job, position)
+            elif job.ack == 0:
+                _fail(job.future, OutcomeUnknown(_ANSWER_TOO_LATE))
         if not self._unacked:
             self._acked_at = self._clock()
         group = _Group(position, size_bytes, needs_ack)
@@ -323,7 +337,9 @@ class Writer:
             progressed = True
             stricter = []
             for job in group.jobs:
-                if job.ack is None or _reached(self._acks.covered(durable, job.ack), group.position):
+                if not self._live():
+                    _fail(job.future, OutcomeUnknown(_ANSWER_TOO_LATE))
+                elif job.ack is None or _reached(self._acks.covered(durable, job.ack), group.position):
                     _answer(job, group.position)
                 else:
                     stricter.append(job)
@@ -451,7 +467,7 @@ class Writer:
                 self._finish(running, taken)
                 return False
             taken += 1
-            if self._retiring and not isinstance(item, _Call):
+            if not isinstance(item, _Call) and (self._retiring or not self._live()):
                 self._refuse(item)
             elif isinstance(item, _Job):
                 running.append(item)
@@ -475,7 +491,7 @@ class Writer:
         return True
 
     def _refuse(self, item: _Job | Turn) -> None:
-        refused = Draining("this node no longer leads. This request was not run; send it to the leader.")
+        refused = Draining(_LEASE_OVER)
         self.call_soon(_fail, item.granted if isinstance(item, Turn) else item.future, refused)
 
     def _run_alone(self, item: Turn | _Call) -> None:
