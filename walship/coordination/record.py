@@ -17,7 +17,7 @@ import dataclasses
 import hmac
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ __all__ = [
     "ClusterRecord",
     "Generation",
     "GenerationsRecord",
+    "Heir",
     "LeaderRecord",
     "NodeRecord",
     "Phase",
@@ -44,6 +45,7 @@ __all__ = [
     "create_cluster",
     "decode",
     "encode",
+    "hand_over",
     "node_key",
     "read_cluster",
     "read_generations",
@@ -51,6 +53,8 @@ __all__ = [
     "read_nodes",
     "read_terms",
     "register_node",
+    "release",
+    "renew",
     "term_key",
 ]
 
@@ -64,11 +68,12 @@ REGISTER_TRIES = 8  # compare-and-swap on one's own record loses only to a twin;
 
 
 class Phase(StrEnum):
-    """What a leader record says of its holder: asking, leading, or handing over."""
+    """What a leader record says of its holder: asking, leading, named by the leader before it, or gone."""
 
     CLAIMING = "claiming"
     SERVING = "serving"
-    HANDOFF = "handoff"
+    HANDOFF = "handoff"  # the leader before named it and is at `start`: the holder serves at once, without a seal
+    VACANT = "vacant"  # the holder gave the term up: anybody may claim the next one at once
 
 
 class TermStart(msgspec.Struct, frozen=True):
@@ -107,7 +112,11 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Who leads. `holder` is a node id; `beat` counts renewals; `start` is None until the term serves."""
+    """Who leads. `holder` is a node id; `beat` counts renewals; `start` is None until the term serves.
+
+    `nonce` is the boot nonce of the holder's process: a process leads, not a directory, and it is a process whose
+    death can be proven. Empty in a record of an older walship.
+    """
 
     format: int = FORMAT
     term: int
@@ -118,6 +127,7 @@ class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
     start: TermStart | None = None
     lease_ms: int = 3000
     beat: int = 0
+    nonce: str = ""
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,6 +172,19 @@ class GenerationsRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     format: int = FORMAT
     generations: tuple[Generation, ...]
+
+
+class Heir(Protocol):
+    """Whom a record can be handed to: a node, by the boot nonce of its running process."""
+
+    @property
+    def node_id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def nonce(self) -> str: ...
 
 
 R = TypeVar("R", ClusterRecord, LeaderRecord, NodeRecord, TermRecord, GenerationsRecord)
@@ -250,6 +273,7 @@ async def claim_next_term(
     name: str,
     url: str,
     promised: int,
+    nonce: str = "",
     lease_ms: int = 3000,
 ) -> Seen[LeaderRecord]:
     """Claim the term after the one in `seen`, the leader record the caller based its decision on (None: first term).
@@ -264,7 +288,9 @@ async def claim_next_term(
             f"the store's leader record is at term {now}, but this node promised to refuse all terms below {promised}: "
             "the store is older than the data (restored from a copy?). Nothing was changed; bring the newer store back"
         )
-    claim = LeaderRecord(term=now + 1, holder=holder, name=name, url=url, phase=Phase.CLAIMING, lease_ms=lease_ms)
+    claim = LeaderRecord(
+        term=now + 1, holder=holder, name=name, url=url, phase=Phase.CLAIMING, lease_ms=lease_ms, nonce=nonce
+    )
     return Seen(claim, await store.put_if(LEADER, encode(claim), version=seen.version if seen else None))
 
 
@@ -289,6 +315,45 @@ async def announce_leader(
     return Seen(serving, await store.put_if(LEADER, encode(serving), version=claim.version))
 
 
+async def renew(store: Store, seen: Seen[LeaderRecord]) -> Seen[LeaderRecord]:
+    """Count one beat up: the holder says that it lives. Raises CompareFailed, StoreUnavailable (outcome unknown)."""
+    return await _replace(store, seen, beat=seen.record.beat + 1)
+
+
+async def release(store: Store, seen: Seen[LeaderRecord]) -> Seen[LeaderRecord]:
+    """Give the term up: anybody may claim the next one at once. The holder must have stopped before.
+
+    Raises CompareFailed, StoreUnavailable (outcome unknown).
+    """
+    return await _replace(store, seen, phase=Phase.VACANT)
+
+
+async def hand_over(
+    store: Store, seen: Seen[LeaderRecord], *, to: Heir, phase: Phase, start: TermStart | None = None
+) -> Seen[LeaderRecord]:
+    """Name another holder in one compare-and-swap.
+
+    `claiming`: hand a claim over in the same term (R12a); `seen` is the claim. `handoff`: end the own term in favour
+    of `to`, which begins the next one at `start`, the quiet leader's last position (failover.md 3.7 S6).
+    Raises CompareFailed, StoreUnavailable: the outcome is unknown then, and the record may still change later, until
+    a compare-and-swap of one's own that named the same version has succeeded (R12a).
+    """
+    if (phase is Phase.HANDOFF) != (start is not None) or phase not in (Phase.CLAIMING, Phase.HANDOFF):
+        raise ValueError(f"phase {phase} with start {start}: a claim goes on without a start, a handoff has one")
+    return await _replace(
+        store,
+        seen,
+        term=seen.record.term + (phase is Phase.HANDOFF),
+        holder=to.node_id,
+        name=to.name,
+        url=to.url,
+        nonce=to.nonce,
+        phase=phase,
+        start=start,
+        beat=0,
+    )
+
+
 async def register_node(
     store: Store, record: NodeRecord, *, alive: Callable[[NodeRecord], bool] = lambda _other: False
 ) -> Seen[NodeRecord]:
@@ -311,6 +376,11 @@ async def register_node(
         except CompareFailed:
             continue
     raise Refused("duplicate_node", f"another process keeps rewriting the record of node {record.name!r}")
+
+
+async def _replace(store: Store, seen: Seen[LeaderRecord], **changes: object) -> Seen[LeaderRecord]:
+    record = msgspec.structs.replace(seen.record, **changes)
+    return Seen(record, await store.put_if(LEADER, encode(record), version=seen.version))
 
 
 async def _read(store: Store, kind: type[R], key: str) -> Seen[R] | None:
