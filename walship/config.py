@@ -21,6 +21,7 @@ import msgspec
 
 from walship.coordination.store import check_store_url
 from walship.errors import UsageError
+from walship.hrana.admin import AdminGate
 from walship.hrana.auth import Authenticator, Gate
 from walship.hrana.types import Level
 
@@ -73,6 +74,7 @@ class NodeConfig:
     auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
     auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
     auth_status: bool = False  # /status and /metrics need a token too
+    admin_token: str | None = dataclasses.field(default=None, repr=False)  # what the verbs under /admin/ ask for
     drain_seconds: float = 10.0
     log_level: str = "info"
 
@@ -100,6 +102,7 @@ class ProxyConfig:
     auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
     auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
     auth_status: bool = False  # /status and /metrics need a token too
+    admin_token: str | None = dataclasses.field(default=None, repr=False)  # what the verbs under /admin/ ask for
     drain_seconds: float = 10.0
     log_level: str = "info"
 
@@ -125,6 +128,7 @@ class UpConfig:
     auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
     auth_jwt_key: Path | None = None  # file of Ed25519 public keys that sign JWTs; with neither, nobody is asked
     auth_status: bool = False  # /status and /metrics need a token too
+    admin_token: str | None = dataclasses.field(default=None, repr=False)  # what the verbs under /admin/ ask for
     drain_seconds: float = 10.0
     log_level: str = "info"
 
@@ -158,13 +162,18 @@ class Setting:
 C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig)
 
 
-def open_gate(config: NodeConfig | ProxyConfig | UpConfig) -> Gate:
-    """Who is let in. Raises UsageError when the file of --auth-jwt-key cannot be read, or holds no key."""
+def open_gate(config: NodeConfig | ProxyConfig | UpConfig, credential: Callable[[], str] = str) -> Gate:
+    """Who is let in. Raises UsageError when the file of --auth-jwt-key cannot be read, or holds no key.
+
+    credential: gives the cluster's own credential for `admin` (`ClusterRecord.credential`); empty: it opens nothing.
+    """
     try:
         keys = None if config.auth_jwt_key is None else config.auth_jwt_key.read_bytes()
     except OSError as error:
         raise UsageError(f"--auth-jwt-key {config.auth_jwt_key}: {error.strerror}. Nothing was started") from error
-    return Gate(Authenticator.of(config.auth_token, keys), config.auth_status)
+    clients = Authenticator.of(config.auth_token, keys)
+    admin = AdminGate(token=config.admin_token, credential=credential, from_this_machine=not clients.enabled)
+    return Gate(clients, config.auth_status, admin)
 
 
 def environment_name(flag: str) -> str:
@@ -297,10 +306,14 @@ _JSON = Setting("json", _field("json", _yes), "true or false")
 _AUTH_TOKEN = Setting(
     "auth-token", _field("auth_token", _text(r"[!-~]{1,4096}")), "1 to 4096 visible ASCII characters", secret=True
 )
+_ADMIN_TOKEN = Setting(
+    "admin-token", _field("admin_token", _text(r"[!-~]{1,4096}")), "1 to 4096 visible ASCII characters", secret=True
+)
 _AUTH = (
     _AUTH_TOKEN,
     Setting("auth-jwt-key", _field("auth_jwt_key", _path), "a file of Ed25519 public keys: PEM, or one in base64url"),
     Setting("auth-status", _field("auth_status", _yes), "true or false"),
+    _ADMIN_TOKEN,
 )
 _WORK = (
     Setting("statement-seconds", _field("statement_seconds", _seconds(0.1, 86400)), "0.1 to 86400 seconds"),

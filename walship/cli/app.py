@@ -65,6 +65,7 @@ _WRITE = _option("write-seconds", "S", "Longest a statement may write outside of
 _VALUE_MAX = _option("value-max", "SIZE", "Largest text, blob or row of a statement. Default 64MiB.")
 _AUTH_TOKEN = _option("auth-token", "TOKEN", "Token clients must show. Better in WALSHIP_AUTH_TOKEN: flags show in ps.")
 _AUTH_JWT_KEY = _option("auth-jwt-key", "FILE", "Ed25519 public keys: their JWTs are taken as tokens.")
+_ADMIN_TOKEN = _option("admin-token", "TOKEN", "Token of the admin verbs. Better in WALSHIP_ADMIN_TOKEN.")
 _AUTH_STATUS = _option("auth-status", "", "Ask for a token on /status and /metrics too.")
 _CONSISTENCY = _option("consistency", "LEVEL", "Of reads that ask for none: any, session (default), linearizable.")
 _JSON = _option("json", "", "One line of JSON, shaped as /status, instead of words.")
@@ -121,6 +122,7 @@ def up(
     auth_token: Annotated[Text, _AUTH_TOKEN] = None,
     auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
     auth_status: Annotated[Flag, _AUTH_STATUS] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
     drain_seconds: Annotated[Text, _DRAIN] = None,
     log_level: Annotated[Text, _LEVEL] = None,
     config: ConfigFile = None,
@@ -144,6 +146,7 @@ def up(
         auth_token=auth_token,
         auth_jwt_key=auth_jwt_key,
         auth_status=auth_status or None,
+        admin_token=admin_token,
         drain_seconds=drain_seconds,
         log_level=log_level,
     )
@@ -199,6 +202,7 @@ def node(
     auth_token: Annotated[Text, _AUTH_TOKEN] = None,
     auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
     auth_status: Annotated[Flag, _AUTH_STATUS] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
     drain_seconds: Annotated[Text, _DRAIN] = None,
     log_level: Annotated[Text, _LEVEL] = None,
     config: ConfigFile = None,
@@ -228,6 +232,7 @@ def node(
         auth_token=auth_token,
         auth_jwt_key=auth_jwt_key,
         auth_status=auth_status or None,
+        admin_token=admin_token,
         drain_seconds=drain_seconds,
         log_level=log_level,
     )
@@ -268,6 +273,7 @@ def proxy(
     auth_token: Annotated[Text, _AUTH_TOKEN] = None,
     auth_jwt_key: Annotated[Text, _AUTH_JWT_KEY] = None,
     auth_status: Annotated[Flag, _AUTH_STATUS] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
     drain_seconds: Annotated[Text, _DRAIN] = None,
     log_level: Annotated[Text, _LEVEL] = None,
     config: ConfigFile = None,
@@ -288,6 +294,7 @@ def proxy(
         auth_token=auth_token,
         auth_jwt_key=auth_jwt_key,
         auth_status=auth_status or None,
+        admin_token=admin_token,
         drain_seconds=drain_seconds,
         log_level=log_level,
     )

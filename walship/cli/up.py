@@ -233,11 +233,12 @@ def _say(text: str) -> None:
 def _child_environment(environ: Mapping[str, str], config: UpConfig) -> dict[str, str]:
     """Ours without our settings: WALSHIP_LISTEN is for the proxy's address, not for each node's.
 
-    The token goes this way and not as a flag, since everybody on the machine can read a process's flags.
+    Tokens go this way and not as flags, since everybody on the machine can read a process's flags.
     """
     ours = {environment_name(setting.flag) for table in (NODE, PROXY, UP, STATUS) for setting in table}
     kept = {name: value for name, value in environ.items() if name not in ours} | {"PYTHONUNBUFFERED": "1"}
-    return kept if config.auth_token is None else kept | {environment_name("auth-token"): config.auth_token}
+    tokens = {"auth-token": config.auth_token, "admin-token": config.admin_token}
+    return kept | {environment_name(flag): token for flag, token in tokens.items() if token is not None}
 
 
 async def _announce(config: UpConfig, plan: _Plan) -> None:

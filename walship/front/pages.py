@@ -12,7 +12,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from walship import __version__
+from walship.front.admin import AdminRoute
 from walship.front.answer import CORS
+from walship.hrana.admin import ADMIN
 from walship.hrana.http import JSON_TYPE, PROBES
 from walship.metrics import CONTENT_TYPE
 
@@ -37,6 +39,8 @@ class Pages(Protocol):
 
 def plain_pages(pages: Pages, further: Sequence[Route]) -> Starlette:
     """The application that serves them and the `further` routes; an empty 404 for everything else."""
+    for route in further:  # the front door asks for no client's token there, so nothing else may do without a check
+        assert isinstance(route, AdminRoute) or not route.path.startswith(ADMIN), f"{route.path} lets everybody in"
     cors = {name.decode(): value.decode() for name, value in CORS}
 
     def probe(request: Request) -> Response:

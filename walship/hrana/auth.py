@@ -13,10 +13,11 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from walship.errors import AuthFailed
+from walship.hrana.admin import ADMIN, AdminGate
 
 if TYPE_CHECKING:
     from walship.hrana.jwt import Claims, Keys
@@ -116,11 +117,13 @@ class Authenticator:
 class Gate:
     """Which requests a front door lets in, before anything else looks at them.
 
-    Everything needs a token but what is listed here, so that a new endpoint is closed until somebody opens it.
+    Everything needs a token but what is listed here, so that a new endpoint is closed until somebody opens it. The
+    admin verbs ask for keys of their own (`admin`), so no client's token is looked at there.
     """
 
     authenticator: Authenticator
     status_needs_token: bool = False
+    admin: AdminGate = field(default_factory=AdminGate)
 
     def admit(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Grant:
         """The grant of an HTTP request; header names in lower case. Raises AuthFailed.
@@ -129,13 +132,18 @@ class Gate:
         """
         if not self.authenticator.enabled:
             return FULL
-        if method == "OPTIONS" or path in _OPEN or (path in _STATUS and not self.status_needs_token):
+        if (
+            method == "OPTIONS"
+            or path in _OPEN
+            or path.startswith(ADMIN)
+            or (path in _STATUS and not self.status_needs_token)
+        ):
             return READ_ONLY
         return self.authenticator.check(_authorization(headers))
 
 
 OPEN: Final = Gate(Authenticator())
-"""Lets everybody in."""
+"""Lets every client in, and nobody to the admin verbs."""
 
 _OPEN: Final = frozenset({"/health", "/version", "/v1", "/v2", "/v3"})
 _STATUS: Final = frozenset({"/status", "/metrics"})
