@@ -13,7 +13,7 @@ import pytest
 
 from tests.engine.nodes import ask, make_database, outside, read, rows
 from walship.engine.apply import Applier, Batch
-from walship.engine.database import Database, holding_write
+from walship.engine.database import Database
 from walship.errors import CorruptDatabase, CorruptWalIndex, StorageFailed
 from walship.formats.wal_index import HASH_OFFSET, INDEX_HEADER_SIZE, first_frame, pgno_offset
 
@@ -158,7 +158,7 @@ def test_what_a_dead_writer_left_in_the_index_is_cleared(tmp_path: Path) -> None
     """Entries above mxFrame, in page numbers and hash slots, of frames that were never published."""
     with pages(tmp_path) as made:
         made.fill_to(1000)
-        with holding_write(made.database.holder):
+        with made.database.holding_write():
             made.database.index.insert(1001, [2, 3, 2, 3, 5] * 20)
         made.database.index.forget_slots()
         made.apply(made.marked(9))
@@ -225,6 +225,7 @@ def test_recovery_by_another_process_is_no_foreign_write(tmp_path: Path) -> None
     """engine.md T8: recovery sets the change counter to 0 and keeps the frames."""
     with pages(tmp_path) as made:
         made.fill_to(700)
+        made.database.fence.release()
         made.database.index._head[8] ^= 1  # torn, as a writer killed between the copies leaves it
         with outside() as other:
             ask(other, "open", str(made.path))

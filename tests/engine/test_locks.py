@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.engine.nodes import FollowerNode, LeaderNode, ask, cluster, outside, read, rows, scanned
-from walship.engine.database import holding_write
 from walship.engine.snapshot import Snapshot, ltx_chunks
 from walship.engine.verify import verify
 from walship.errors import HistoryMismatch, Unavailable
@@ -47,7 +46,7 @@ class Probe:
         assert ask(process, "open", str(node.directory / "data.db")) == "ok"  # type: ignore[arg-type]
 
     def while_held(self) -> str:
-        with holding_write(self.node.database.holder):
+        with self.node.database.holding_write():
             return self.take()
 
     def take(self) -> str:

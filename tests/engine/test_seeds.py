@@ -115,15 +115,18 @@ class TestSeeds:
                 await follower.follower.seed(header)
             assert read(follower.database, "SELECT id FROM t") == [(1,)]
 
-    async def test_a_seed_that_cannot_get_the_write_lock_leaves_the_old_state(self, tmp_path: Path) -> None:
+    async def test_a_seed_that_cannot_get_the_write_lock_leaves_the_old_state(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         async with cluster(tmp_path, setup=SETUP) as (leader, follower):
             leader.commit("INSERT INTO t VALUES(1, 'x')")
             await follower.catch_up(leader)
-            follower.database.holder.set_busy_timeout(20)
+            monkeypatch.setattr("walship.engine.fence.PATIENCE_SECONDS", 0.02)
             follower.follower.mismatch(HistoryMismatch("for the test"))
             with outside() as other:
                 ask(other, "open", str(follower.directory / "data.db"))
-                ask(other, "run", "BEGIN IMMEDIATE")
+                follower.database.fence.release()
+                assert ask(other, "run", "BEGIN IMMEDIATE") == "[]"
                 with pytest.raises(Unavailable):
                     await follower.seed(leader.leader.pin_snapshot)
                 ask(other, "run", "ROLLBACK")
@@ -181,7 +184,9 @@ class TestDamage:
         await again.stop()
         assert_same_files(tmp_path / "leader", tmp_path / "follower")
 
-    async def test_a_seed_that_cannot_be_installed_now_leaves_nothing_open(self, tmp_path: Path) -> None:
+    async def test_a_seed_that_cannot_be_installed_now_leaves_nothing_open(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """R9, R25: somebody holds WRITE for seconds; each try once left a descriptor behind."""
 
         def open_seeds() -> int:
@@ -190,11 +195,12 @@ class TestDamage:
 
         async with cluster(tmp_path, setup=SETUP) as (leader, follower):
             leader.commit("INSERT INTO t VALUES (1, 'x')")
-            follower.database.holder.set_busy_timeout(10)
+            monkeypatch.setattr("walship.engine.fence.PATIENCE_SECONDS", 0.01)
             follower.follower.replace("for the test")
             with outside() as other:
                 ask(other, "open", str(follower.directory / "data.db"))
-                ask(other, "run", "BEGIN IMMEDIATE")
+                follower.database.fence.release()
+                assert ask(other, "run", "BEGIN IMMEDIATE") == "[]"
                 for _ in range(2):
                     with pytest.raises(Unavailable):
                         await follower.seed(leader.leader.pin_snapshot)
@@ -236,6 +242,8 @@ class TestDamage:
             await follower.catch_up(leader)
             with outside() as other:
                 ask(other, "open", str(follower.directory / "data.db"))
+                assert ask(other, "run", "INSERT INTO t VALUES(665, 'refused')").endswith("locked")
+                follower.database.fence.release()
                 assert ask(other, "run", "INSERT INTO t VALUES(666, 'foreign')") == "[]"
                 ask(other, "run", "PRAGMA wal_checkpoint(TRUNCATE)")
                 leader.commit("INSERT INTO t VALUES(2, 'x')")
@@ -248,25 +256,31 @@ class TestDamage:
             assert follower.failures == []
         assert_same_files(tmp_path / "leader", tmp_path / "follower")
 
-    async def test_checkpoints_of_anybody_are_no_foreign_writes(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("fenced", [True, False])
+    async def test_checkpoints_of_anybody_are_no_foreign_writes(self, tmp_path: Path, fenced: bool) -> None:
         async with cluster(tmp_path, setup=SETUP) as (leader, follower):
             with outside() as other:
                 ask(other, "open", str(follower.directory / "data.db"))
                 for number, mode in enumerate(("PASSIVE", "FULL", "RESTART", "TRUNCATE") * 3):
                     leader.commit(f"INSERT INTO t VALUES({number}, randomblob(500))")
                     await follower.catch_up(leader)
-                    assert ask(other, "run", f"PRAGMA wal_checkpoint({mode})").startswith("[(0,")
+                    if not fenced:
+                        follower.database.fence.release()
+                    done = "[(0," if mode == "PASSIVE" or not fenced else "[(1,"
+                    assert ask(other, "run", f"PRAGMA wal_checkpoint({mode})").startswith(done)
                 ask(other, "close")
             assert follower.follower.tip == leader.tip
+            assert scanned(follower.database) == leader.tip.checksum
 
-    async def test_a_foreign_lock_is_waited_for(self, tmp_path: Path) -> None:
+    async def test_a_foreign_lock_is_waited_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Somebody's checkpoint may hold WRITE while it waits for readers: that is no reason to end the node."""
         async with cluster(tmp_path, setup=SETUP) as (leader, follower):
             await follower.catch_up(leader)
-            follower.database.holder.set_busy_timeout(10)
+            monkeypatch.setattr("walship.engine.fence.PATIENCE_SECONDS", 0.01)
             with outside() as other:
                 ask(other, "open", str(follower.directory / "data.db"))
-                ask(other, "run", "BEGIN IMMEDIATE")
+                follower.database.fence.release()
+                assert ask(other, "run", "BEGIN IMMEDIATE") == "[]"
                 leader.commit("INSERT INTO t VALUES(1, 'x')")
                 await follower.ship(leader)
                 await eventually(lambda: follower.watermarks.logged == leader.tip.position)

@@ -4,10 +4,10 @@ Readers keep their snapshot and never wait; the next reader sees all of the batc
 makes the append crash-safe. After a checkpoint the database file is byte-identical to the leader's.
 
 Plan of one batch:
-    1 take WRITE on the holder connection          2 read the header, check that nobody else wrote
+    1 hold WRITE: the fence, which stays (R10)     2 read the header, check that nobody else wrote
     3 on an empty -wal write its header            4 append the frames, commit size in the last one only
     5 fdatasync, where asked                       6 index the frames (still invisible)
-    7 publish the header: copy 1, copy 0           8 COMMIT (never ROLLBACK, engine.md T2)
+    7 publish the header: copy 1, copy 0
 
 Warnings: any error before step 7 leaves the old state standing. Run in a worker thread, so that neither a keyboard
 interrupt nor a cancellation can land between the two copies of step 7.
@@ -21,11 +21,9 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import apsw
-
 from walship.engine import failpoints
-from walship.engine.database import Database, holding_write
-from walship.errors import CorruptDatabase, StorageFailed, Unavailable
+from walship.engine.database import Database
+from walship.errors import CorruptDatabase, StorageFailed
 from walship.formats.checksum import lock_pgno
 from walship.formats.wal import FRAME_HEADER_SIZE, WAL_HEADER_SIZE, WalHeader, build_frames, frame_offset
 from walship.formats.wal_index import WalIndexHeader
@@ -51,11 +49,32 @@ class Batch:
 
 
 class Applier:
-    """Appends batches to one follower's -wal. Used from one thread only."""
+    """Appends batches to one follower's -wal. Used from one thread only.
 
-    def __init__(self, database: Database) -> None:
+    on_foreign: called with the wal-index as we left it and as it is, before CorruptDatabase says that somebody wrote.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        on_foreign: Callable[[WalIndexHeader, WalIndexHeader], None] = lambda _left, _found: None,
+    ) -> None:
         self._database = database
-        self._left: WalIndexHeader = database.index.header()
+        self._on_foreign = on_foreign
+        self._left: WalIndexHeader = database.left or database.index.header()
+
+    def hold(self) -> bool:
+        """Hold the fence from here on, having checked that nobody wrote while it was not held (R10). False when
+        somebody has WRITE right now. Raises CorruptDatabase."""
+        database = self._database
+        if database.fence.held and database.left is None:
+            return True
+        database.left = self._left
+        if not database.fence.take():
+            return False
+        self._check_nobody_wrote(database.index.header())
+        database.left = None
+        return True
 
     def apply(self, batch: Batch, *, sync: bool, publishing: Callable[[], None]) -> None:
         """Apply `batch` as one commit; `publishing` is called right before it can become visible (R17).
@@ -66,26 +85,26 @@ class Applier:
             Unavailable: another process held the write lock for seconds; nothing was published.
         """
         database = self._database
-        try:
-            with holding_write(database.holder):
-                header = database.index.header()
-                self._check_nobody_wrote(header)
-                self._check_growth(header, batch)
-                header = self._begin_generation(header)
-                published = self._append(header, batch)
-                if sync:
-                    database.sync_wal()
-                publishing()
-                database.index.publish(published)
-                self._left = published
-        except apsw.BusyError as error:
-            raise Unavailable(
-                f"{database.path}: another process held SQLite's write lock for seconds. Nothing was published; "
-                "find out who writes to a follower's file and stop it."
-            ) from error
+        if not self.hold():
+            database.fence.require()
+            self.hold()
+        header = database.index.header()
+        self._check_nobody_wrote(header)
+        self._check_growth(header, batch)
+        header = self._begin_generation(header)
+        published = self._append(header, batch)
+        if sync:
+            database.sync_wal()
+        publishing()
+        database.index.publish(published)
+        self._left = published
 
     def adopt(self) -> None:
-        """Take the file as it is, whoever wrote it: it is about to be replaced whole (a re-seed)."""
+        """Take the file as it is, whoever wrote it: it is about to be replaced whole (a re-seed).
+
+        Raises Unavailable when the fence cannot be had."""
+        self._database.fence.require()
+        self._database.left = None
         self._left = self._database.index.header()
         self._database.index.forget_slots()
 
@@ -110,6 +129,8 @@ class Applier:
         emptied = header.change == left.change and header.mx_frame == 0
         recovered = header == dataclasses.replace(left, change=0)
         if not emptied and not recovered:
+            self._on_foreign(left, header)
+            self._database.left = None  # found; what comes next replaces the copy
             raise CorruptDatabase(
                 f"{self._database.path}: somebody else wrote to this follower's file "
                 f"(wal-index change counter {header.change}, ours was {left.change}). "

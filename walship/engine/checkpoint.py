@@ -1,8 +1,9 @@
 """When to checkpoint, as a pure decision, and the checkpoint calls themselves.
 
-Follower: SQLite checkpoints beside our frames; a TRUNCATE must succeed now and then, or the -wal grows without bound.
-It needs every reader off the WAL for a moment, so it waits only briefly, and longer once a minute when the -wal is
-past its limit (engine.md 4). Readers are never blocked.
+Follower: SQLite copies our frames back; now and then the -wal must be emptied, or it grows without bound. SQLite's own
+TRUNCATE would need WRITE, which the fence holds (R10): `empty` does the same under the fence, so that no foreign
+program gets a turn in between. It needs every reader off the WAL for a moment, so it waits only briefly, and longer
+once a minute when the -wal is past its limit (engine.md 4). Readers are never blocked.
 
 Leader: the writer resets the WAL in place, which keeps it preallocated and its fsyncs cheap (engine.md 8, 9);
 `leader.py` has that sequence. Here is only when.
@@ -10,12 +11,20 @@ Leader: the writer resets the WAL in place, which keeps it preallocated and its 
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
 import apsw
 
-__all__ = ["CheckpointPolicy", "CheckpointTally", "Step", "passive", "restart", "truncate"]
+from walship.engine.database import Database
+from walship.errors import StorageFailed
+
+__all__ = ["CheckpointPolicy", "CheckpointTally", "Step", "empty", "passive", "restart", "truncate"]
+
+_PAUSE_SECONDS = 0.001
 
 
 class Step(Enum):
@@ -92,6 +101,42 @@ def restart(connection: apsw.Connection, timeout_ms: int) -> bool:
 def truncate(connection: apsw.Connection, timeout_ms: int) -> bool:
     """Copy everything back and empty the -wal; False when readers did not leave within `timeout_ms`."""
     return _exclusive(connection, apsw.SQLITE_CHECKPOINT_TRUNCATE, timeout_ms)
+
+
+def empty(
+    database: Database, connection: apsw.Connection, wait_seconds: float, let_go: Callable[[], None] = lambda: None
+) -> bool:
+    """Copy everything back and empty the -wal, WRITE being held by the fence all the time; False when readers, or
+    another program's checkpoint, did not leave within `wait_seconds`. Nothing of ours may be applied meanwhile.
+
+    let_go: called once when everything is in the database file, right before the -wal's past is let go (R7).
+    Raises StorageFailed.
+    """
+    index = database.index
+    frames = index.header().mx_frame
+    if not frames and not database.wal_size_bytes():
+        return True
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        passive(connection)
+        if index.checkpoint_info().n_backfill >= frames:
+            break
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_PAUSE_SECONDS)
+    let_go()
+    with database.fence.alone(max(0.0, deadline - time.monotonic())) as alone:
+        if not alone:
+            return False
+        salt, _ = index.header().salts
+        index.restart(((salt + 1) & 0xFFFFFFFF, int.from_bytes(os.urandom(4))))
+        try:
+            os.ftruncate(database.wal_fd, 0)
+        except OSError as error:  # harmless: the old generation's frames are all in the database file
+            raise StorageFailed(
+                f"{database.wal_path}: cannot be emptied ({error.strerror}). Nothing is lost."
+            ) from error
+    return True
 
 
 def _exclusive(connection: apsw.Connection, mode: int, timeout_ms: int) -> bool:

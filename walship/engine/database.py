@@ -19,8 +19,10 @@ from pathlib import Path
 import apsw
 
 from walship.engine.barrier import choose_barrier
+from walship.engine.fence import Fence
 from walship.engine.shm import WalIndex
 from walship.errors import CorruptDatabase, DatabaseRefused, StorageFailed, Unavailable
+from walship.formats.wal_index import WalIndexHeader
 
 __all__ = ["Database", "holding_write"]
 
@@ -33,8 +35,11 @@ class Database:
     """The owner of one database in WAL mode.
 
     Attributes:
-        holder: the connection that takes WRITE for applying, capturing and checkpointing. It must always end an
-            untouched BEGIN IMMEDIATE with COMMIT, never ROLLBACK (engine.md T2).
+        holder: the connection that takes WRITE for a moment while this node leads. It must always end an untouched
+            BEGIN IMMEDIATE with COMMIT, never ROLLBACK (engine.md T2).
+        fence: WRITE while this node does not lead (R10).
+        left: the wal-index when the content was last known to be what the log says, while the fence could not be had;
+            None: it is so now, or the -wal is the truth. A commit since is a foreign one.
         index: the mapped wal-index.
         wal_fd: a descriptor of the -wal, for pread, pwrite and fdatasync.
         file_fd: a descriptor of the database file, for pread only.
@@ -46,6 +51,8 @@ class Database:
         self.holder = holder
         self._connections: weakref.WeakSet[apsw.Connection] = weakref.WeakSet([holder])
         self.index = WalIndex(path.with_name(path.name + "-shm"), barrier)
+        self.left: WalIndexHeader | None = None
+        self.fence = Fence(self.index, lambda: _read_schema(holder))
         self.wal_path = path.with_name(path.name + "-wal")
         self.wal_fd = os.open(self.wal_path, os.O_RDWR | os.O_CLOEXEC)
         self.file_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -102,6 +109,15 @@ class Database:
         _run(connection, "PRAGMA wal_autocheckpoint=0", "PRAGMA synchronous=NORMAL")
         self._connections.add(connection)
         return connection
+
+    @contextlib.contextmanager
+    def holding_write(self) -> Iterator[None]:
+        """WRITE held, by the fence or for this moment. Raises apsw.BusyError when somebody else holds it."""
+        if self.fence.held:
+            yield
+            return
+        with holding_write(self.holder):
+            yield
 
     def sync_wal(self) -> None:
         """fdatasync of the -wal. Raises StorageFailed, after which the process must end (R5)."""
@@ -162,10 +178,15 @@ def _prepare_holder(holder: apsw.Connection, path: Path, *, create: bool) -> int
             path, f"it is in {mode} mode, not WAL", "Adopt it with `walship up FILE`, which switches it."
         )
     # One read runs recovery; one empty write transaction makes sure that -wal, -shm and index block 0 exist.
-    holder.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+    _read_schema(holder)
     with holding_write(holder):
         pass
     return int(holder.pragma("page_size"))
+
+
+def _read_schema(connection: apsw.Connection) -> None:
+    """Any read will do: it runs SQLite's recovery where the wal-index needs it."""
+    connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
 
 
 def _never_checkpoint_on_close(connection: apsw.Connection) -> None:

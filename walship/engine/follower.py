@@ -415,6 +415,7 @@ class Follower:
         log = Log.open(self._directory / "log", cluster=self._cluster, base=tip, limits=self._limits)
         finish_install(self._directory, self._state, self._cluster, log, self._marks)
         database = Database.open(Path(self._state.state.database_path))
+        database.left = database.index.header()  # the replayer takes the fence, and looks
         checksums = self._marks.load()
         if checksums is None:
             raise CorruptData(f"the page checksums of {tip} cannot be read back")
@@ -425,6 +426,7 @@ class Follower:
         """Replayer thread: the whole image as one batch over the live database. Readers keep what they see."""
         tip = seed.header.tip
         replayer = self._replayer_or_fail()
+        replayer.applier.adopt()  # before the announcement: without the fence nothing has begun
         seed.announce(self._state)
         marks = self.watermarks
         floor = marks.applied
@@ -434,7 +436,6 @@ class Follower:
         def publishing() -> None:
             marks.publishing = shown
 
-        replayer.applier.adopt()
         try:
             replayer.applier.apply(seed.batch(), sync=True, publishing=publishing)
         except Unavailable:

@@ -17,14 +17,15 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import apsw
 
 from walship.engine import failpoints
 from walship.engine.capture import Capture, Captured, WalPoint
-from walship.engine.checkpoint import CheckpointTally, passive, restart, truncate
-from walship.engine.database import Database, holding_write
+from walship.engine.checkpoint import CheckpointTally, empty, passive, restart, truncate
+from walship.engine.database import Database
 from walship.engine.durable_state import FileStamp, StateFile, Truth, WalBase
 from walship.engine.log import FrameRef, Log
 from walship.engine.marks import Marks
@@ -36,6 +37,7 @@ from walship.formats.checksum import PageChecksums
 from walship.formats.frame import CommitToken, FrameEncoder, FrameFlags, FrameHeader, SnapshotHeader, encode_frame
 from walship.formats.position import Position, Tip
 from walship.formats.wal import FRAME_HEADER_SIZE
+from walship.formats.wal_index import WalIndexHeader
 
 __all__ = ["Leader", "log_captured"]
 
@@ -46,6 +48,7 @@ PATIENCE_BYTES = 16 << 20  # past this readers are waited for a little
 WAL_LIMIT_BYTES = 64 << 20  # past this the -wal file is given back to the disk, and readers are waited for longer
 _SHORT_WAIT_MS = 5
 _LONG_WAIT_MS = 20
+_CLOSE_SECONDS = 0.1
 _PIN_TRIES = 20
 
 
@@ -224,6 +227,8 @@ class Leader:
         finally:
             holder.set_busy_timeout(2000)
         self._held_back_since = None
+        if self.database.fence.held:
+            return True  # no writer comes; who empties the -wal does it under the fence
         # The next writer reuses the -wal from its start, unless readers of its past are still there.
         if self.database.wal_size_bytes() > WAL_LIMIT_BYTES:
             truncate(self._checkpointer, _LONG_WAIT_MS)
@@ -296,16 +301,28 @@ class Leader:
             return header, snapshot
         raise Unavailable("foreign writers left no moment to pin a snapshot; nothing was sent, ask again")
 
+    def fence(self) -> bool:
+        """Hold off foreign writers, because this node must not lead now: its lease has ended, or it stops (R10). False
+        when somebody is writing this moment: call again; nothing may wait for it. Own transactions get SQLITE_BUSY."""
+        return self.database.fence.take()
+
+    def unfence(self) -> None:
+        """Let foreign programs write again: the lease lives."""
+        self.database.fence.release()
+
     def close(self) -> None:
         """Stop leading: log everything, copy it back, make `next_base` durable, then empty the -wal (R7) and let go.
 
         While a reader keeps frames from being copied back the -wal stays, and a restart counts it from `base`.
         """
+        fenced = self.fence()
         done = self.checkpoint()
         self._marks.save(self.log.sync(), self._checksums)
         self._guard.close()
-        if done:
-            truncate(self._checkpointer, 100)  # nothing is copied any more, so the file keeps its stamp
+        if done and fenced:  # nothing is copied any more, so the file keeps its stamp
+            empty(self.database, self._checkpointer, _CLOSE_SECONDS)
+        elif done:
+            truncate(self._checkpointer, round(_CLOSE_SECONDS * 1000))
         self._checkpointer.close(True)
 
     def step_down(self) -> Tip:
@@ -315,15 +332,9 @@ class Leader:
         Foreign writers are held off if SQLite's lock is to be had at once; what they still slip in is found by the
         following side (R10). Raises StorageFailed or CorruptWal: the process must end, and recounts at its next start.
         """
-        holder = self.database.holder
-        holder.set_busy_timeout(0)
-        try:
-            with holding_write(holder):
-                self.commit_group()
-        except apsw.BusyError:
-            self.commit_group()
-        finally:
-            holder.set_busy_timeout(2000)
+        fenced = self.fence()
+        self.commit_group()
+        self.database.left = None if fenced else self._captured_header()
         tip = self.log.sync()
         failpoints.reach("leader.step_down_synced")
         self._state.update(truth=Truth.LOG, base=None, next_base=None, next_base_file=None)
@@ -331,6 +342,16 @@ class Leader:
         self._guard.close()
         self._checkpointer.close(True)
         return tip
+
+    def _captured_header(self) -> WalIndexHeader:
+        """The wal-index as it is, or was, where everything is captured."""
+        header, at = self.database.index.header(), self._capture.at
+        if not self._capture.behind(header):
+            return header
+        salts, frame, checksum = (at.salts, at.frame, at.checksum) if at is not None else (header.salts, 0, (0, 0))
+        # The commits since have raised the change counter, so any lower one will do.
+        change = (header.change - 1) & 0xFFFFFFFF
+        return replace(header, salts=salts, mx_frame=frame, frame_checksum=checksum, change=change)
 
     def abandon(self) -> None:
         """Close this side's connections without a promise about their state: after a failure."""

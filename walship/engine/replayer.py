@@ -31,6 +31,7 @@ _log = logging.getLogger("walship.engine")
 
 _MERGED_FRAMES = 512
 _MERGED_BYTES = 16 << 20
+_FENCE_SECONDS = 0.05  # how often the fence is tried again while a foreign transaction has WRITE
 _EMPTY_SECONDS = 0.02
 _LAST_EMPTY_SECONDS = 0.1
 _PATIENT_EMPTY_SECONDS = 1.0
@@ -161,7 +162,8 @@ class Replayer:
     def _turn(self) -> bool:
         with self._changed:
             while not (self._woken or self._tasks or self._stopping):
-                self._changed.wait()
+                if not self._changed.wait(None if self._replica.database.fence.held else _FENCE_SECONDS):
+                    break
             self._woken = False
             tasks, self._tasks = self._tasks, deque()
             if self._stopping and not tasks:
@@ -173,6 +175,7 @@ class Replayer:
                 done(None, error)
             else:
                 done(value, None)
+        self._applier.hold()
         while not (self._stopping or self._tasks) and (refs := self._next_frames()):
             try:
                 self._apply(refs)

@@ -8,12 +8,15 @@ Warnings (engine.md 3, design.md R25):
 * Closing ANY descriptor of the -shm drops every POSIX lock this process holds on it. Python's mmap duplicates the
   descriptor, so a mapping may neither be closed nor collected before the last SQLite connection is gone.
   `WalIndex.close` is called by `Database.close` alone, after the connections.
-* `insert` and `publish` need SQLite's WRITE lock (BEGIN IMMEDIATE on the holder connection).
+* `insert`, `publish` and `restart` need SQLite's WRITE lock (`engine.fence`).
+* `lock` takes open file description locks. Never POSIX ones: to the kernel they would be SQLite's own.
 * Stores must become visible in order: index entries, copy 1, copy 0; `barrier` sees to it (R4).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import fcntl
 import mmap
 import os
@@ -32,7 +35,12 @@ from walship.formats.wal_index import (
     HASH_OFFSET,
     HASH_SLOTS,
     INDEX_HEADER_SIZE,
+    N_BACKFILL_ATTEMPTED_OFFSET,
+    N_BACKFILL_OFFSET,
     PREFIX_SIZE,
+    READ_MARK_UNUSED,
+    READ_MARKS,
+    READ_MARKS_OFFSET,
     CheckpointInfo,
     WalIndexHeader,
     block_of,
@@ -72,6 +80,32 @@ class WalIndex:
     def fd(self) -> int:
         """The one descriptor; for fstat and F_GETLK only."""
         return self._fd
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def lock(self, offset: int, count: int) -> bool:
+        """An exclusive open file description lock on lock bytes; False when a connection, of whatever process, holds
+        one of them. Never waits. It stands until `unlock`, or until the process ends."""
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, count, 0))
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise StorageFailed(f"{self._path}: cannot be locked ({error.strerror})") from error
+            return False
+        return True
+
+    def unlock(self, offset: int, count: int) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, offset, count, 0))
+
+    def whole(self) -> bool:
+        """True iff the header is not torn right now."""
+        try:
+            WalIndexHeader.read(bytes(self._head[:_COPIES_SIZE]))
+        except CorruptWalIndex:
+            return False
+        return True
 
     def header(self) -> WalIndexHeader:
         """A consistent header. Raises CorruptWalIndex if the copies disagree for seconds."""
@@ -154,6 +188,22 @@ class WalIndex:
         self._barrier()
         self._head[first : first + INDEX_HEADER_SIZE] = data
         failpoints.reach("apply.header_copy0")
+
+    def restart(self, salts: tuple[int, int]) -> WalIndexHeader:
+        """Begin a new, empty generation, as SQLite's walRestartHdr does: everything is in the database file, WRITE is
+        held, and no reader needs the -wal (READ(1..4) held too). Returns the header now published."""
+        header = dataclasses.replace(self.header(), mx_frame=0, salts=salts)
+        self.publish(header)
+        # After the header: a reader that has the old one and lands on READ(0) looks at the header again (wal.c).
+        with self._head[:PREFIX_SIZE].cast("I") as words:
+            words[N_BACKFILL_OFFSET // 4] = 0
+            words[N_BACKFILL_ATTEMPTED_OFFSET // 4] = 0
+            first = READ_MARKS_OFFSET // 4
+            words[first + 1] = 0
+            for mark in range(2, READ_MARKS):
+                words[first + mark] = READ_MARK_UNUSED
+        self.forget_slots()
+        return header
 
     def forget_slots(self) -> None:
         """Drop the memory of hash slots: somebody else (recovery, a foreign writer) may have written the index."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from walship.engine import failpoints
+from walship.engine.apply import Applier
 from walship.engine.database import Database
 from walship.engine.durable_state import FileStamp, StateFile, Truth, WalBase
 from walship.engine.leader import Leader, log_captured
@@ -37,11 +38,15 @@ def promote(
 ) -> Leader:
     """Open `term` on a replica that is applied to the end of its log. The term was claimed in the store before.
 
-    Only after this returns may the term be announced or its frames be shipped. Raises CorruptDatabase when the copy is
-    not what the log's last frame says; nothing of the term exists then.
+    Only after this returns may the term be announced or its frames be shipped; foreign programs may write from here on.
+    Raises CorruptDatabase when the copy is not what the log's last frame says, Unavailable when another process holds
+    SQLite's write lock; nothing of the term exists then.
     """
     database, log = replica.database, replica.log
-    if replica.pinned is None:
+    if replica.pinned is None:  # it has followed: a foreign commit would not be counted (R10)
+        if not Applier(database).hold():
+            database.fence.require()
+            Applier(database).hold()
         replica.pinned = Snapshot.pin(database)
     pinned = replica.pinned
     database.sync_wal()
@@ -89,6 +94,7 @@ def promote(
         on_group=on_group,
     )
     replica.unpin()  # the leader's own guard holds the -wal's past from here on
+    leader.unfence()
     _log.info("leading term=%d tip=%s", term, log.tip)
     return leader
 

@@ -9,9 +9,8 @@ Order, each step durable before the next position is reported:
     5 truth=log: everything from the mark to the log's end is applied again, as one merged commit
 
 Every node starts as a follower, and sets truth=log when it begins to follow (`engine.follower`). Until then, or until
-a new term has its own base (`promote`), the -wal stays the truth: other programs may write to the file meanwhile, and
-what they commit is found again by the next start, whatever happens to this one. Steps 3 and 4 look at one pinned
-state, with WRITE held.
+a new term has its own base (`promote`), the -wal stays the truth: what other programs committed before this start is
+found again by the next one, whatever happens to this one. WRITE is held from step 3 on, until the node leads (R10).
 
 A follower never counts its -wal: its own frames there are merged differently than the leader's.
 """
@@ -23,11 +22,9 @@ import logging
 import os
 from pathlib import Path
 
-import apsw
-
 from walship.engine.apply import Applier
 from walship.engine.capture import Capture, WalPoint
-from walship.engine.database import Database, holding_write
+from walship.engine.database import Database
 from walship.engine.durable_state import DurableState, FileStamp, StateFile, Truth, WalBase
 from walship.engine.leader import log_captured
 from walship.engine.log import Log, LogLimits
@@ -37,7 +34,7 @@ from walship.engine.replica import Replica
 from walship.engine.seed import announced_tip, finish_install
 from walship.engine.snapshot import Snapshot, scan
 from walship.engine.verify import differing_pages
-from walship.errors import CorruptData, CorruptDatabase, CorruptLog, CorruptWal, HistoryMismatch, Unavailable
+from walship.errors import CorruptData, CorruptDatabase, CorruptLog, CorruptWal, HistoryMismatch
 from walship.formats.checksum import PageChecksums, page_checksum
 from walship.formats.frame import FrameFlags
 from walship.formats.position import Position, Tip
@@ -116,6 +113,7 @@ def recover(directory: Path, state: StateFile, marks: Marks, *, cluster: bytes, 
 def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
     database = Database.open(Path(state.state.database_path))
     try:
+        database.fence.require()  # from here on until this node leads (R10)
         database.sync_wal()
         log.sync()
         mark = state.state.mark
@@ -169,30 +167,23 @@ def _open_truth_wal(
             checksums.set_many(sums, batch.commit)
         if checksums.rolling != log.tip.checksum:
             checksums = None
+    pinned = Snapshot.pin(database)
     try:
-        with holding_write(database.holder):
-            pinned = Snapshot.pin(database)
-            try:
-                start = _count_from(state, database, log.tip.position.txid)
-                if start is None:
-                    counted = None
-                elif state.led == FIRST_POSITION.term:  # no term to log commits in yet: any there are, are compared
-                    counted = checksums if start[0] == point_of(pinned) else None
-                else:
-                    counted = _recount(state, database, log, checksums, cluster, *start)
-                if counted is not None:
-                    return Replica(database, log, counted, marks, pinned=pinned)
-                differing = _compare(database, log, checksums, pinned)
-                assert checksums is not None
-                return Replica(database, log, checksums, marks, differing, pinned)
-            except BaseException:
-                pinned.close()
-                raise
-    except apsw.BusyError as error:
-        raise Unavailable(
-            f"{database.path}: another process held SQLite's write lock for seconds, so its last commits could not be "
-            "counted. Nothing was changed; find out who writes to this file, then start again."
-        ) from error
+        start = _count_from(state, database, log.tip.position.txid)
+        if start is None:
+            counted = None
+        elif state.led == FIRST_POSITION.term:  # no term to log commits in yet: any there are, are compared
+            counted = checksums if start[0] == point_of(pinned) else None
+        else:
+            counted = _recount(state, database, log, checksums, cluster, *start)
+        if counted is not None:
+            return Replica(database, log, counted, marks, pinned=pinned)
+        differing = _compare(database, log, checksums, pinned)
+        assert checksums is not None
+        return Replica(database, log, checksums, marks, differing, pinned)
+    except BaseException:
+        pinned.close()
+        raise
 
 
 def point_of(snapshot: Snapshot) -> WalPoint | None:
