@@ -41,8 +41,20 @@ def free_ports(count: int) -> list[int]:
 class Etcd:
     """A cluster of `members`, named m0, m1, ...; short elections, so that a restart takes a fraction of a second."""
 
-    def __init__(self, root: Path, members: int = 1, *, words: tuple[str, ...] = (), web: str = "http") -> None:
+    def __init__(
+        self,
+        root: Path,
+        members: int = 1,
+        *,
+        words: tuple[str, ...] = (),
+        web: str = "http",
+        host: str = "127.0.0.1",
+        prefix: tuple[
+            str, ...
+        ] = (),  # words before the command, as those of a network namespace whose address is `host`
+    ) -> None:
         ports = free_ports(2 * members)
+        self._host, self._prefix = host, prefix
         self.clients, self._peers, self._root, self._web = ports[:members], ports[members:], root, web
         self._words = words
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -55,8 +67,8 @@ class Etcd:
         return self
 
     def start_member(self, number: int) -> None:
-        client = f"{self._web}://127.0.0.1:{self.clients[number]}"
-        peers = [f"http://127.0.0.1:{port}" for port in self._peers]
+        client = f"{self._web}://{self._host}:{self.clients[number]}"
+        peers = [f"http://{self._host}:{port}" for port in self._peers]
         words = [
             *("--name", f"m{number}", "--data-dir", str(self._root / f"m{number}")),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
@@ -67,15 +79,15 @@ class Etcd:
         ]
         self._root.mkdir(parents=True, exist_ok=True)
         with (self._root / f"m{number}.log").open("ab") as log:
-            self._processes[number] = subprocess.Popen([etcd_binary(), *words], stdout=log, stderr=log)
+            self._processes[number] = subprocess.Popen([*self._prefix, etcd_binary(), *words], stdout=log, stderr=log)
 
     def url(self, name: str = "test", *, login: str = "", only: int | None = None) -> str:
-        hosts = [f"127.0.0.1:{port}" for port in (self.clients if only is None else [self.clients[only]])]
+        hosts = [f"{self._host}:{port}" for port in (self.clients if only is None else [self.clients[only]])]
         return f"etcd{'s' if self._web == 'https' else ''}://{login}{','.join(hosts)}/{name}"
 
     def call(self, path: str, body: object, number: int = 0) -> httpx.Response:
         """A request to a member's gateway, past our own code."""
-        return httpx.post(f"http://127.0.0.1:{self.clients[number]}{path}", json=body, timeout=5.0, trust_env=False)
+        return httpx.post(f"http://{self._host}:{self.clients[number]}{path}", json=body, timeout=5.0, trust_env=False)
 
     def compact(self) -> None:
         """Compact everything up to now."""
