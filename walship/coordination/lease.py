@@ -90,14 +90,20 @@ class Observation:
         if self._since is None or key != self._key:
             self._key, self._since = key, now
 
+    @property
+    def since(self) -> float:
+        """When the present version was first seen. Raises ValueError before any sight of the record."""
+        if self._since is None:
+            raise ValueError("no record was seen yet")
+        return self._since
+
     def unchanged_for(self, now: float) -> float:
         """Seconds since the first sight of the present version; 0 before any."""
         return 0.0 if self._since is None else now - self._since
 
-    def expires_at(self, lease_seconds: float) -> float | None:
-        """When a lease of that length has surely ended, on our clock; None before any sight of the record."""
-        return None if self._since is None else self._since + lease_seconds * EXPIRY_FACTOR
+    def expires_at(self, lease_seconds: float) -> float:
+        """When a lease of that length has surely ended, on our clock. Raises ValueError before any sight."""
+        return self.since + lease_seconds * EXPIRY_FACTOR
 
     def expired(self, now: float, lease_seconds: float) -> bool:
-        at = self.expires_at(lease_seconds)
-        return at is not None and now >= at
+        return self._since is not None and now >= self.expires_at(lease_seconds)
