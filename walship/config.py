@@ -97,6 +97,9 @@ class ProxyConfig:
     session_scope: str = "cluster"  # or "proxy": other proxies' writes are not waited for
     wait_seconds: float = 0.05  # above the apply lag of a healthy follower, below what a person notices
     deadline_seconds: float = 10.0  # a whole request, waits for a leader included
+    hold_seconds: float = 10.0  # a write while there is no leader; an election takes seconds at most
+    hold_requests: int = 1000
+    hold_max_bytes: int = 16 * MIB  # of the bodies of all that are held
     stream_idle_seconds: float = 10.0  # an open transaction without a request; other state idles in proportion
     body_max_bytes: int = 16 * MIB
     auth_token: str | None = dataclasses.field(default=None, repr=False)  # clients must show it, or a JWT
@@ -354,6 +357,9 @@ PROXY = (
     Setting("session-scope", _field("session_scope", _text("cluster|proxy")), "cluster, proxy"),
     Setting("wait-seconds", _field("wait_seconds", _seconds(0, 60)), "0 to 60 seconds"),
     Setting("deadline-seconds", _field("deadline_seconds", _seconds(0.1, 600)), "0.1 to 600 seconds"),
+    Setting("hold-seconds", _field("hold_seconds", _seconds(0, 600)), "0 to 600 seconds"),
+    Setting("hold-requests", _field("hold_requests", _whole(0, 100_000)), "0 to 100000 requests"),
+    Setting("hold-bytes", _field("hold_max_bytes", _size(64 << 10)), _SIZE_WORDS + ", at least 64KiB"),
     _STREAM_IDLE,
     _BODY,
     *_AUTH,

@@ -17,6 +17,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # fdatasync: a good NVMe answers in 20 us, a busy disk in 100 ms. Requests: a point read takes 0.2 ms on loopback.
 _SYNC_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _REQUEST_BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+_HOLD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _GROUP_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -119,4 +120,33 @@ class ProxyMetrics(Metrics):
         self.streams = self._gauge("walship_streams", "Open client streams, by whether they are pinned", ["state"])
         self.leader_term = self._gauge(
             "walship_leader_term", "Term of the leader this proxy sends writes to, 0 if none"
+        )
+        self.held_requests = self._gauge(
+            "walship_proxy_held_requests", "Writes that wait for a leader, or are sent to a new one again"
+        )
+        self.held_evicted = self._counter(
+            "walship_proxy_held_evicted",
+            "Writes given up while there was no leader, by reason: full (refused), window (waited too long)",
+            ["reason"],
+        )
+        self.hold_seconds = self._histogram(
+            "walship_proxy_hold_seconds",
+            "How long a write was held, its run at the next leader included",
+            _HOLD_BUCKETS,
+        )
+        self.outcomes = self._counter(
+            "walship_proxy_outcomes",
+            "Answers to the question what became of a write whose reply was lost, by outcome",
+            ["outcome"],
+        )
+        self.failover_seconds = self._histogram(
+            "walship_proxy_failover_seconds",
+            "Phases of each time without a leader, as this proxy saw it: detect, hold, drain",
+            _HOLD_BUCKETS,
+            ["phase"],
+        )
+        self.stands = self._counter("walship_proxy_stands", "Nodes asked to stand for election, by node", ["node"])
+        self.leader_unreachable = self._gauge(
+            "walship_proxy_leader_unreachable",
+            "1 while this proxy cannot connect to the leader and reaches it through a follower",
         )

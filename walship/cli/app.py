@@ -268,6 +268,11 @@ def proxy(
     deadline_seconds: Annotated[
         Text, _option("deadline-seconds", "S", "Longest time for a whole request. Default 10.")
     ] = None,
+    hold_seconds: Annotated[
+        Text, _option("hold-seconds", "S", "Longest time a write is held while there is no leader. Default 10.")
+    ] = None,
+    hold_requests: Annotated[Text, _option("hold-requests", "N", "Most writes held at once. Default 1000.")] = None,
+    hold_bytes: Annotated[Text, _option("hold-bytes", "SIZE", "Most bytes held at once. Default 16MiB.")] = None,
     stream_idle_seconds: Annotated[Text, _STREAM_IDLE] = None,
     body_max: Annotated[Text, _BODY] = None,
     auth_token: Annotated[Text, _AUTH_TOKEN] = None,
@@ -289,6 +294,9 @@ def proxy(
         session_scope=session_scope,
         wait_seconds=wait_seconds,
         deadline_seconds=deadline_seconds,
+        hold_seconds=hold_seconds,
+        hold_requests=hold_requests,
+        hold_bytes=hold_bytes,
         stream_idle_seconds=stream_idle_seconds,
         body_max=body_max,
         auth_token=auth_token,
