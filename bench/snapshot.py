@@ -104,7 +104,7 @@ def _ltx(snapshot: Snapshot) -> Callable[[], int]:
         commit=snapshot.commit,
         page_size=snapshot.page_size,
         time_ms=0,
-        complete_since_ms=0,
+        complete_since=Position(0, 0),
     )
 
     def stream() -> int:

@@ -109,7 +109,7 @@ class Writer:
         """The whole database now: (header, LTX)."""
         position, commit = self.tip.position, len(self.database.pages)
         ltx = encode(LtxHeader(PAGE_SIZE, commit, 1, position.txid), sorted(self.database.pages.items()))
-        return SnapshotHeader(CLUSTER, 1, position, self.tip.checksum, commit, PAGE_SIZE, 1000, 0), ltx
+        return SnapshotHeader(CLUSTER, 1, position, self.tip.checksum, commit, PAGE_SIZE, 1000, Position(0, 0)), ltx
 
 
 @dataclass

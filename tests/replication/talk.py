@@ -38,7 +38,7 @@ WELCOME = Welcome(
 )
 SEEDED = replace(WELCOME, source=StreamSource.SNAPSHOT, why="the follower has no log")
 HEARTBEAT = Heartbeat(Position(3, 12), Position(3, 11), 1_700_000_000_000, 8, 5_000)
-SNAPSHOT = SnapshotHeader(CLUSTER, 1, Position(3, 20), FLAG | 20, 5, 4096, 1000, 0)
+SNAPSHOT = SnapshotHeader(CLUSTER, 1, Position(3, 20), FLAG | 20, 5, 4096, 1000, Position(0, 0))
 
 
 def header_after(tip: Tip, *, term: int | None = None, cluster: bytes = CLUSTER) -> FrameHeader:

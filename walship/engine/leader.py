@@ -273,7 +273,7 @@ class Leader:
         since = self._held_back_since
         return 0.0 if since is None else self._clock() - since
 
-    def pin_snapshot(self, complete_since_ms: int = 0) -> tuple[SnapshotHeader, Snapshot]:
+    def pin_snapshot(self, complete_since: Position = Position(0, 0)) -> tuple[SnapshotHeader, Snapshot]:
         """Pin the database at exactly the log's tip. Raises Unavailable when foreign writers do not pause."""
         for _ in range(_PIN_TRIES):
             self.commit_group()
@@ -296,7 +296,7 @@ class Leader:
                 commit=tip.commit,
                 page_size=self.database.page_size,
                 time_ms=self._now_ms(),
-                complete_since_ms=complete_since_ms,
+                complete_since=complete_since,
             )
             return header, snapshot
         raise Unavailable("foreign writers left no moment to pin a snapshot; nothing was sent, ask again")

@@ -14,18 +14,18 @@ from walship.formats.position import Position, Tip
 
 __all__ = ["MAX_SNAPSHOT_TOKENS", "SNAPSHOT_LAYOUT", "SnapshotHeader"]
 
-MAX_SNAPSHOT_TOKENS = 16384  # 656 KiB, so the header stays one record; a sender with more raises complete_since_ms
+MAX_SNAPSHOT_TOKENS = 16384  # 656 KiB, so the header stays one record; a sender with more raises complete_since
 
-SNAPSHOT_LAYOUT = struct.Struct(">4s16sIQQQIIqqI")
-_SNAPSHOT_MAGIC = b"WSS1"
+SNAPSHOT_LAYOUT = struct.Struct(">4s16sIQQQIIqQQI")
+_SNAPSHOT_MAGIC = b"WSS2"
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotHeader:
     """The whole database at one position; the payload is one LTX snapshot (minTXID 1).
 
-    `tokens` are the commit tokens still kept (R19), all of those after `complete_since_ms`. Raises CorruptRecord when
-    the fields contradict each other.
+    `tokens` are the commit tokens still kept (R19), all of those of commits after `complete_since`. Raises
+    CorruptRecord when the fields contradict each other.
     """
 
     cluster: bytes
@@ -35,7 +35,7 @@ class SnapshotHeader:
     commit: int
     page_size: int
     time_ms: int
-    complete_since_ms: int
+    complete_since: Position
     tokens: tuple[CommitToken, ...] = ()
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class SnapshotHeader:
         check_pages("snapshot", self.page_size, self.commit)
         if not self.checksum & FLAG:
             raise CorruptRecord("a snapshot carries a database checksum without its flag bit")
-        if self.time_ms < 0 or self.complete_since_ms < 0:
+        if self.time_ms < 0:
             raise CorruptRecord("a snapshot is dated before 1970")
         check_tokens("snapshot", self.tokens, MAX_SNAPSHOT_TOKENS, self.position.txid)
 
@@ -64,7 +64,8 @@ class SnapshotHeader:
             self.commit,
             self.page_size,
             self.time_ms,
-            self.complete_since_ms,
+            self.complete_since.term,
+            self.complete_since.txid,
             len(self.tokens),
         )
         return fixed + b"".join([token.to_bytes() for token in self.tokens])
@@ -74,12 +75,12 @@ class SnapshotHeader:
         """Read the body of a SNAPSHOT_HEADER record. Raises CorruptRecord for anything else."""
         if len(body) < SNAPSHOT_LAYOUT.size or body[:4] != _SNAPSHOT_MAGIC:
             raise CorruptRecord(f"not a snapshot header: {len(body)} bytes that begin with {body[:4]!r}")
-        _, cluster, database, term, txid, checksum, commit, page_size, time_ms, since_ms, count = (
+        (_, cluster, database, term, txid, checksum, commit, page_size, time_ms, since_term, since_txid, count) = (
             SNAPSHOT_LAYOUT.unpack_from(body)
         )
         tokens = parse_tokens("snapshot", body, SNAPSHOT_LAYOUT.size, count)
-        position = Position(term, txid)
-        return cls(cluster, database, position, checksum, commit, page_size, time_ms, since_ms, tokens)
+        position, since = Position(term, txid), Position(since_term, since_txid)
+        return cls(cluster, database, position, checksum, commit, page_size, time_ms, since, tokens)
 
     def __str__(self) -> str:
         return f"snapshot of {self.tip} in pages of {self.page_size}"

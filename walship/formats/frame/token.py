@@ -11,28 +11,33 @@ from walship.errors import CorruptRecord
 __all__ = ["TOKEN_LAYOUT", "CommitToken", "check_tokens", "parse_tokens"]
 
 TOKEN_LAYOUT = struct.Struct(">QQQQqB")
+_HAD_ROWS, _INSERTED, _PART = 1, 2, 4
+_ALL_FLAGS = _HAD_ROWS | _INSERTED | _PART
 
 
 @dataclass(frozen=True, slots=True)
 class CommitToken:
     """What a client may ask about a commit after it lost the answer (R19).
 
-    `incarnation` and `seq` name the request, `txid` the commit, `changes` counts rows as sqlite3_changes() does.
+    `incarnation` and `seq` name the request, `txid` its last commit, `changes` counts rows as sqlite3_changes() does.
+    `last_insert_rowid` is None when its last statement was no INSERT. `part`: more of the request was to follow when
+    this was logged; a later token of the same name says how it ended, and without one nobody knows.
     """
 
     incarnation: int
     seq: int
     txid: int
     changes: int
-    last_insert_rowid: int
+    last_insert_rowid: int | None
     had_rows: bool
+    part: bool = False
 
     SIZE = TOKEN_LAYOUT.size
 
     def to_bytes(self) -> bytes:
-        return TOKEN_LAYOUT.pack(
-            self.incarnation, self.seq, self.txid, self.changes, self.last_insert_rowid, int(self.had_rows)
-        )
+        rowid = self.last_insert_rowid
+        flags = self.had_rows * _HAD_ROWS | (rowid is not None) * _INSERTED | self.part * _PART
+        return TOKEN_LAYOUT.pack(self.incarnation, self.seq, self.txid, self.changes, rowid or 0, flags)
 
     @classmethod
     def parse(cls, data: bytes, offset: int = 0) -> Self:
@@ -41,10 +46,11 @@ class CommitToken:
             raise CorruptRecord(
                 f"a commit token needs {TOKEN_LAYOUT.size} bytes, {max(len(data) - offset, 0)} are there"
             )
-        incarnation, seq, txid, changes, rowid, had_rows = TOKEN_LAYOUT.unpack_from(data, offset)
-        if had_rows > 1:
-            raise CorruptRecord(f"a commit token's had_rows is {had_rows}, neither 0 nor 1")
-        return cls(incarnation, seq, txid, changes, rowid, bool(had_rows))
+        incarnation, seq, txid, changes, rowid, flags = TOKEN_LAYOUT.unpack_from(data, offset)
+        if flags & ~_ALL_FLAGS or (rowid and not flags & _INSERTED):
+            raise CorruptRecord(f"a commit token has flags {flags:#x} and rowid {rowid}, which do not fit")
+        inserted = rowid if flags & _INSERTED else None
+        return cls(incarnation, seq, txid, changes, inserted, bool(flags & _HAD_ROWS), bool(flags & _PART))
 
     def __str__(self) -> str:
         return f"{self.incarnation:016x}/{self.seq} at txid {self.txid}"
