@@ -42,6 +42,9 @@ NAMES = (
     "apply.header_copy1",
     "apply.header_copy0",
     "follower.marked",
+    # commits that are not history, kept before a copy replaces them (R12)
+    "orphan.pages_kept",
+    "orphan.kept",
     # a follower's first copy, or its replacement
     "seed.received",
     "seed.installing",

@@ -413,6 +413,10 @@ class Log:
             )
         return position
 
+    def newest_where(self, holds: Callable[[Position], bool]) -> Tip | None:
+        """The newest state here for which `holds`, which is true up to some point and false beyond, is true."""
+        return self._list().newest_where(holds)
+
     def next_after(self, position: Position) -> FrameRef | None:
         """The frame that follows `position`, or None while `position` is the tip.
 

@@ -8,6 +8,7 @@ single line of history; that is what makes looking up a bisection.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from walship.engine.segment import Segment, frame_size
@@ -95,6 +96,17 @@ class SegmentList(tuple[Segment, ...]):
         """The state at `position`. Raises as `place`."""
         index, frames = self.place(position)
         return self[index].tip_after(frames)
+
+    def newest_where(self, holds: Callable[[Position], bool]) -> Tip | None:
+        """The newest state for which `holds`, which is true up to some point and false beyond, is true."""
+        for segment in reversed(self):
+            if holds(segment.base.position):
+                low, high = 0, segment.count
+                while low < high:
+                    middle = (low + high + 1) // 2
+                    low, high = (middle, high) if holds(segment.tip_after(middle).position) else (low, middle - 1)
+                return segment.tip_after(low)
+        return None
 
     def next_after(self, position: Position) -> FrameRef | None:
         """The frame that follows `position`, None at the tip. Raises as `place`."""
