@@ -31,15 +31,16 @@ from walship.engine.segment import (
     Segment,
     SegmentFlags,
     SegmentHead,
-    frame_size,
+    frame_layout,
     write_all,
 )
 from walship.engine.segment_check import verify
 from walship.engine.segment_list import FrameRef, Payload, SegmentList
+from walship.engine.tokens import Tokens
 from walship.errors import CorruptLog, CorruptRecord, HistoryMismatch, StorageFailed
-from walship.formats.frame import FrameEnd, FrameHeader
+from walship.formats.frame import FrameHeader
 from walship.formats.position import Position, TermHistory, Tip
-from walship.formats.record import RECORD_HEADER_SIZE, RECORD_OVERHEAD, Kind
+from walship.formats.record import RECORD_HEADER_SIZE
 
 __all__ = ["FrameAppender", "FrameRef", "Log", "LogLimits", "LogStatistics", "Payload", "Pin"]
 
@@ -101,7 +102,7 @@ class FrameAppender:
         if self._done:
             raise ValueError("this frame was committed or aborted already")
         try:
-            layout = _layout(self._head, self._tail, self.size_bytes)
+            layout = frame_layout(self._head, self._tail, self.size_bytes)
         except CorruptRecord:
             self.abort()
             raise
@@ -137,12 +138,14 @@ class Log:
         limits: LogLimits,
         clock: Callable[[], float],
         wall_clock_ms: Callable[[], int],
+        tokens: Tokens,
     ) -> None:
         self._directory = directory
         self._limits = limits
         self._clock = clock
         self._wall_clock_ms = wall_clock_ms
         self._segments = segments
+        self.tokens = tokens
         self._next_sequence = segments.last.head.sequence + 1
         self._cluster = segments.last.head.cluster
         # The segment that grows (None once closed) and the tip, replaced together so that a sync sees a pair that fits.
@@ -179,7 +182,8 @@ class Log:
         about 0.3 s for 1 GB and 20 us for each frame. Raises CorruptLog for damage, HistoryMismatch for a log of
         another cluster, StorageFailed.
         """
-        segments, cut_bytes = open_segments(directory, cluster)
+        tokens = Tokens()
+        segments, cut_bytes = open_segments(directory, cluster, tokens.feed)
         if not segments:
             starts = terms.starts() if terms is not None else ()
             head = SegmentHead(SegmentFlags.RESET, cluster, 1, base, wall_clock_ms(), starts)
@@ -188,7 +192,8 @@ class Log:
                 sync_directory(directory.parent)
             except OSError as error:
                 raise StorageFailed(f"{directory}: no segment can be made: {error.strerror}") from error
-        log = cls(directory, segments, limits, clock, wall_clock_ms)
+        tokens.lose(segments.first.base.position)
+        log = cls(directory, segments, limits, clock, wall_clock_ms, tokens)
         log._cut_bytes = cut_bytes
         log._sync_descriptor(segments.last)
         return log
@@ -265,7 +270,7 @@ class Log:
         append may be tried again.
         """
         self._check_extends(header)
-        header_bytes, payload_bytes = _layout(data[:RECORD_HEADER_SIZE], data[-END_RECORD_BYTES:], len(data))
+        header_bytes, payload_bytes = frame_layout(data[:RECORD_HEADER_SIZE], data[-END_RECORD_BYTES:], len(data))
         segment = self._room(len(data))
         self._write(segment, data, segment.end)
         return self._add(segment, header, header_bytes, payload_bytes, segment.end + len(data))
@@ -380,6 +385,7 @@ class Log:
         if len(recent) > _RECENT_FRAMES:
             del recent[next(iter(recent))]
         self._head = (segment, header.tip)
+        self.tokens.feed(header)
         return ref
 
     def _sync_descriptor(self, segment: Segment) -> None:
@@ -531,6 +537,7 @@ class Log:
             self._start_segment(SegmentFlags.RESET, base, starts, keep=())
             self._durable = base
             self._terms = TermHistory(starts)
+            self.tokens.begin(base.position)
             self._forget_readers()
             self._delete(old)
 
@@ -562,6 +569,7 @@ class Log:
             self._rotate_next = True
             self._head = (kept, kept.tip)
             self._terms = TermHistory(kept.terms())
+            self.tokens.cut(kept.tip.position)
             self._delete(tuple(reversed(segments[index + 1 :])))
             try:
                 os.ftruncate(kept.descriptor, kept.end)
@@ -582,17 +590,3 @@ class Log:
             for pin in self._pins:
                 pin.dropped = True
             self._pins.clear()
-
-
-def _layout(
-    head: bytes | bytearray | memoryview, tail: bytes | bytearray | memoryview, size_bytes: int
-) -> tuple[int, int]:
-    """(header record bytes, payload bytes) of a whole frame, by its first and last bytes. Raises CorruptRecord."""
-    if size_bytes < RECORD_OVERHEAD + END_RECORD_BYTES or head[0] != Kind.FRAME_HEADER or tail[0] != Kind.FRAME_END:
-        raise CorruptRecord(f"{size_bytes} bytes are not one whole frame: it begins with a header and ends with an end")
-    header_bytes = RECORD_OVERHEAD + int.from_bytes(head[4:8], "big")
-    end = FrameEnd.parse(bytes(tail[RECORD_HEADER_SIZE : END_RECORD_BYTES - (RECORD_OVERHEAD - RECORD_HEADER_SIZE)]))
-    expected = frame_size(header_bytes, end.payload_bytes)
-    if size_bytes != expected:
-        raise CorruptRecord(f"a frame with {end.payload_bytes} bytes of payload has {size_bytes} bytes, not {expected}")
-    return header_bytes, end.payload_bytes

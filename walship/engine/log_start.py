@@ -7,6 +7,7 @@ what an interrupted reset left is deleted; every frame is read and must follow t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from walship.engine.files import sync_directory
@@ -14,6 +15,7 @@ from walship.engine.segment import Segment, SegmentFlags
 from walship.engine.segment_check import Damage, verify
 from walship.engine.segment_list import SegmentList
 from walship.errors import CorruptLog, HistoryMismatch, StorageFailed
+from walship.formats.frame import FrameHeader
 from walship.formats.position import Tip
 
 __all__ = ["FAILED_FSYNC", "describe_damage", "open_segments"]
@@ -22,8 +24,9 @@ FAILED_FSYNC = "failed-fsync"  # a file of this name says that an fsync failed i
 _COPY_BYTES = 1 << 20
 
 
-def open_segments(directory: Path, cluster: bytes) -> tuple[SegmentList, int]:
+def open_segments(directory: Path, cluster: bytes, on_frame: Callable[[FrameHeader], None]) -> tuple[SegmentList, int]:
     """Open, check and index all segments, oldest first; returns them and how many bytes of a torn end were cut.
+    Each frame's header is given to `on_frame`, in order.
 
     Makes the directory if needed. Raises CorruptLog for damage, HistoryMismatch for another cluster's log,
     StorageFailed.
@@ -37,7 +40,7 @@ def open_segments(directory: Path, cluster: bytes) -> tuple[SegmentList, int]:
         _delete_before(directory, segments)
     except OSError as error:
         raise StorageFailed(f"{directory} cannot be prepared: {error.strerror}") from error
-    return segments, _verify_all(segments)
+    return segments, _verify_all(segments, on_frame)
 
 
 def _rewrite_last_segment(directory: Path) -> None:
@@ -87,11 +90,11 @@ def _delete_before(directory: Path, segments: SegmentList) -> None:
                 sync_directory(directory)
 
 
-def _verify_all(segments: SegmentList) -> int:
+def _verify_all(segments: SegmentList, on_frame: Callable[[FrameHeader], None]) -> int:
     """Read and index every frame; cut a torn end. Returns the bytes cut. Raises CorruptLog."""
     cut_bytes = 0
     for number, segment in enumerate(segments):
-        damage = verify(segment)
+        damage = verify(segment, on_frame)
         following = segments[number + 1].base if number + 1 < len(segments) else None
         if following is not None and segment.tip != following:
             damage = damage or Damage(segment.end, f"the next segment begins at {following}", torn=False)

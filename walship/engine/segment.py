@@ -46,6 +46,7 @@ __all__ = [
     "Segment",
     "SegmentFlags",
     "SegmentHead",
+    "frame_layout",
     "frame_size",
     "write_all",
 ]
@@ -326,6 +327,20 @@ def frame_size(header_bytes: int, payload_bytes: int) -> int:
     """Bytes of a whole frame in the log: header record, part records, end record."""
     parts = -(-payload_bytes // PART_BYTES)
     return header_bytes + payload_bytes + parts * RECORD_OVERHEAD + END_RECORD_BYTES
+
+
+def frame_layout(
+    head: bytes | bytearray | memoryview, tail: bytes | bytearray | memoryview, size_bytes: int
+) -> tuple[int, int]:
+    """(header record bytes, payload bytes) of a whole frame, by its first and last bytes. Raises CorruptRecord."""
+    if size_bytes < RECORD_OVERHEAD + END_RECORD_BYTES or head[0] != Kind.FRAME_HEADER or tail[0] != Kind.FRAME_END:
+        raise CorruptRecord(f"{size_bytes} bytes are not one whole frame: it begins with a header and ends with an end")
+    header_bytes = RECORD_OVERHEAD + int.from_bytes(head[4:8], "big")
+    end = FrameEnd.parse(bytes(tail[RECORD_HEADER_SIZE : END_RECORD_BYTES - (RECORD_OVERHEAD - RECORD_HEADER_SIZE)]))
+    expected = frame_size(header_bytes, end.payload_bytes)
+    if size_bytes != expected:
+        raise CorruptRecord(f"a frame with {end.payload_bytes} bytes of payload has {size_bytes} bytes, not {expected}")
+    return header_bytes, end.payload_bytes
 
 
 def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from walship.engine.segment import END_RECORD_BYTES, Segment, frame_size
@@ -32,10 +32,11 @@ class Damage:
     torn: bool
 
 
-def verify(segment: Segment) -> Damage | None:
+def verify(segment: Segment, on_frame: Callable[[FrameHeader], None] = lambda _header: None) -> Damage | None:
     """Read the whole file and index its frames. Returns where it stops making sense, None when it never does.
 
-    Frames before the damage are indexed and good: every checksum fits and each frame follows the one before.
+    Frames before the damage are indexed and good: every checksum fits and each frame follows the one before. Each is
+    given to `on_frame`.
     """
     reader = RecordReader()
     assembler = FrameAssembler()
@@ -68,6 +69,7 @@ def verify(segment: Segment) -> Damage | None:
                 if record_at + record.size_bytes - frame_at != frame_size(header_bytes, payload_bytes):
                     raise CorruptRecord("a frame's parts are not of the agreed size")
                 segment.add(event.header, header_bytes, payload_bytes, record_at + record.size_bytes)
+                on_frame(event.header)
         except CorruptRecord as error:
             return Damage(record_at, str(error), torn=False)
 

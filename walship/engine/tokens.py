@@ -42,7 +42,7 @@ class Found:
 class Tokens:
     """Tokens by name, oldest commit first. Any thread may ask; one thread at a time feeds."""
 
-    def __init__(self, since: Position, *, keep_ms: int = KEEP_MS, most: int = MOST_TOKENS) -> None:
+    def __init__(self, since: Position = Position(0, 0), *, keep_ms: int = KEEP_MS, most: int = MOST_TOKENS) -> None:
         self._keep_ms = keep_ms
         self._most = most
         self._found: OrderedDict[Name, Found] = OrderedDict()
@@ -59,10 +59,9 @@ class Tokens:
 
     def feed(self, header: FrameHeader) -> None:
         """A frame is in the log."""
-        if header.flags & FrameFlags.REBUILT:
-            with self._lock:
-                self._raise(header.position)
         with self._lock:
+            if header.flags & FrameFlags.REBUILT:
+                self._raise(header.position)
             for token in header.tokens:
                 self._put(Found(token, Position(header.term, token.txid), header.time_ms))
             self._forget(header.time_ms)
@@ -79,6 +78,17 @@ class Tokens:
         """
         since = self._since
         return sent_after.order() >= since.order()
+
+    def begin(self, at: Position) -> None:
+        """The log begins anew at `at`."""
+        with self._lock:
+            self._found.clear()
+            self._since = at
+
+    def lose(self, until: Position) -> None:
+        """Tokens of commits up to `until` are not known here, except those that are."""
+        with self._lock:
+            self._raise(until)
 
     def cut(self, to: Position) -> None:
         """Frames after `to` are no longer in the log. What was lost of older ones stays lost."""
