@@ -2,7 +2,7 @@
 
     python -m bench.observed_node NAME DIRECTORY CLUSTER_URL [--init VOTERS]
 
-The node is composed and run by `walship.node.node.run`. Commands: `commit COUNT INTERVAL_SECONDS` on the leader
+The node is composed and run by `walship.node.run.run`. Commands: `commit COUNT INTERVAL_SECONDS` on the leader
 answers [row, time of the commit, time of the acknowledgment] for each; `seen` on a follower answers [row, time] for
 each new highest row a reader could see, once per change of the watermarks; `log_bytes`. Times are CLOCK_MONOTONIC in
 nanoseconds, which is one clock for all processes of a machine.

@@ -68,6 +68,7 @@ class NodeConfig:
     log_keep_seconds: float = 3600.0  # longer than a restart or a reboot takes
     stream_idle_seconds: float = 10.0  # an open transaction without a request; other state idles in proportion
     body_max_bytes: int = 16 * MIB
+    lease_seconds: float = 3.0  # how long a leader that is silent leads on; process death on one host shows at once
     statement_seconds: float = 30.0  # a read; longer ones are reports that belong on a copy
     write_seconds: float = 300.0  # a write outside of a transaction, during which nobody else writes
     value_max_bytes: int = 64 * MIB  # several are in memory at once, a few times over
@@ -125,6 +126,7 @@ class UpConfig:
     log_max_bytes: int = GIB
     ready_seconds: float = 60.0
     stream_idle_seconds: float = 10.0  # passed to each part
+    lease_seconds: float = 3.0
     statement_seconds: float = 30.0
     write_seconds: float = 300.0
     value_max_bytes: int = 64 * MIB
@@ -319,6 +321,7 @@ _AUTH = (
     _ADMIN_TOKEN,
 )
 _WORK = (
+    Setting("lease-seconds", _field("lease_seconds", _seconds(0.3, 600)), "0.3 to 600 seconds"),
     Setting("statement-seconds", _field("statement_seconds", _seconds(0.1, 86400)), "0.1 to 86400 seconds"),
     Setting("write-seconds", _field("write_seconds", _seconds(0.1, 86400)), "0.1 to 86400 seconds"),
     Setting("value-max", _field("value_max_bytes", _size(1 * MIB)), _SIZE_WORDS + ", at least 1MiB"),

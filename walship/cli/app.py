@@ -60,6 +60,7 @@ _LEVEL = _option("log-level", "LEVEL", "debug, info, warning or error. Default i
 _BODY = _option("body-max", "SIZE", "Largest request body. Default 16MiB.")
 _STREAM_IDLE = _option("stream-idle-seconds", "S", "Longest an open transaction waits for its client. Default 10.")
 _LOG_MAX = _option("log-max", "SIZE", "Most bytes of log a node keeps for followers that were away. Default 1GiB.")
+_LEASE = _option("lease-seconds", "S", "How long a leader that is silent still leads. Default 3.")
 _STATEMENT = _option("statement-seconds", "S", "Longest a statement may read. Default 30.")
 _WRITE = _option("write-seconds", "S", "Longest a statement may write outside of a transaction. Default 300.")
 _VALUE_MAX = _option("value-max", "SIZE", "Largest text, blob or row of a statement. Default 64MiB.")
@@ -116,6 +117,7 @@ def up(
     log_max: Annotated[Text, _LOG_MAX] = None,
     ready_seconds: Annotated[Text, _option("ready-seconds", "S", "Give up if not healthy by then. Default 60.")] = None,
     stream_idle_seconds: Annotated[Text, _STREAM_IDLE] = None,
+    lease_seconds: Annotated[Text, _LEASE] = None,
     statement_seconds: Annotated[Text, _STATEMENT] = None,
     write_seconds: Annotated[Text, _WRITE] = None,
     value_max: Annotated[Text, _VALUE_MAX] = None,
@@ -140,6 +142,7 @@ def up(
         log_max=log_max,
         ready_seconds=ready_seconds,
         stream_idle_seconds=stream_idle_seconds,
+        lease_seconds=lease_seconds,
         statement_seconds=statement_seconds,
         write_seconds=write_seconds,
         value_max=value_max,
@@ -196,6 +199,7 @@ def node(
     ] = None,
     stream_idle_seconds: Annotated[Text, _STREAM_IDLE] = None,
     body_max: Annotated[Text, _BODY] = None,
+    lease_seconds: Annotated[Text, _LEASE] = None,
     statement_seconds: Annotated[Text, _STATEMENT] = None,
     write_seconds: Annotated[Text, _WRITE] = None,
     value_max: Annotated[Text, _VALUE_MAX] = None,
@@ -226,6 +230,7 @@ def node(
         log_keep_seconds=log_keep_seconds,
         stream_idle_seconds=stream_idle_seconds,
         body_max=body_max,
+        lease_seconds=lease_seconds,
         statement_seconds=statement_seconds,
         write_seconds=write_seconds,
         value_max=value_max,

@@ -27,7 +27,7 @@ def run_node(config: NodeConfig) -> int:
     """One node until SIGTERM. A database it is to adopt is checked first, unless `walship up` has done so."""
     _begin(config.log_level)
     from walship.engine.durable_state import StateFile
-    from walship.node.node import run
+    from walship.node.run import run
 
     if PARENT not in os.environ and config.database and config.init and not StateFile.exists(config.data_dir):
         from walship.cli import adopt

@@ -206,6 +206,7 @@ def _children(config: UpConfig, plan: _Plan) -> list[Child]:
     def node(name: str, *, first: bool) -> list[str]:
         words = [*walship, "node", "--name", name, "--data", str(config.data_dir / name), "--cluster", plan.cluster_url]
         words += ["--listen", "127.0.0.1:0", "--log-max", str(config.log_max_bytes), *both]
+        words += ["--lease-seconds", str(config.lease_seconds)]
         words += ["--statement-seconds", str(config.statement_seconds), "--write-seconds", str(config.write_seconds)]
         words += ["--value-max", str(config.value_max_bytes)]
         if first and plan.founding:

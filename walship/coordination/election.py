@@ -151,6 +151,13 @@ class Election:
         self.wake_at = self._next_wake(event.now)
         return actions
 
+    def began_alone(self, seen: Seen[LeaderRecord]) -> None:
+        """This process serves by a claim that needed no election: the first term of a cluster, or the term after one
+        that this node led when its former process ended, so that nobody else can hold anything it lacks."""
+        self.state, self.seen, self._claim = State.SERVING, seen, seen
+        self.term = self._spent = self._promised = seen.record.term
+        self.why = f"{self.me.name} serves term {self.term}: it founded the cluster, or led it before it started"
+
     def heard(self, now: float, term: int) -> bool:
         """The answer to another's `Check`: did this node hear a leader of `term` or later within half a lease?"""
         heard_term, at = self._heard

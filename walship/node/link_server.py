@@ -19,7 +19,7 @@ from typing import Final, cast
 
 import msgspec
 
-from walship.errors import Draining, Fenced, Overloaded, ProtocolViolation, Unavailable, WalshipError
+from walship.errors import Behind, Draining, Fenced, Overloaded, ProtocolViolation, Unavailable, WalshipError
 from walship.formats import link
 from walship.formats.position import Position
 from walship.hrana import json
@@ -54,6 +54,8 @@ class LinkServer:
         on_change: registers a callback for changes of the status (watermarks, role) and returns its end;
             `Watermarks.on_change` has this shape.
         position_for: answers READ_INDEX: (level, patience in seconds) to a position.
+        stand: a proxy asks this node to stand for election.
+        joined: False while what this node shows may be no history (failover.md I21): `session` is refused then.
     """
 
     def __init__(
@@ -63,9 +65,13 @@ class LinkServer:
         on_change: Callable[[Callable[[], None]], Callable[[], None]],
         *,
         position_for: Callable[[Level, float], Awaitable[Position]] | None = None,
+        stand: Callable[[], None] | None = None,
+        joined: Callable[[], bool] = lambda: True,
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
         self.position_for = position_for
+        self.stand = stand
+        self.joined = joined
         self.service = service
         self.status = status
         self.on_change = on_change
@@ -262,6 +268,8 @@ class _Link:
                 await self._dump(request)
             elif request.verb is link.Verb.READ_INDEX:
                 await self._position(request)
+            elif request.verb is link.Verb.STAND:
+                self._stand(request)
             else:
                 await self._pipeline(request)
         except WalshipError as error:
@@ -277,6 +285,8 @@ class _Link:
         status = self._server.status()
         if status.role is link.Role.LEADER and status.term < request.min_term:
             raise Fenced(f"this node leads term {status.term}, the proxy knows of term {request.min_term}")
+        if request.level is not link.ReadLevel.ANY and not self._server.joined():
+            raise Behind("this node has not followed a leader since it started or led; nothing was run. Ask another")
         return Call(
             requests=[],
             stream=request.stream,
@@ -308,6 +318,12 @@ class _Link:
             raise ProtocolViolation("link: this node tells no positions")
         position = await self._server.position_for(call.level, call.wait_seconds)
         self._send(link.Reply(request.id, b"", position).to_bytes())
+
+    def _stand(self, request: link.Request) -> None:
+        if self._server.stand is None:
+            raise ProtocolViolation("link: this node stands for no election")
+        self._server.stand()
+        self._send(link.Reply(request.id, b"", link.NO_POSITION).to_bytes())
 
     async def _dump(self, request: link.Request) -> None:
         asked = json.decode_body(_DUMP, request.body)

@@ -1,44 +1,43 @@
-"""A node: opens its parts, wires them, closes them in reverse. Decisions live in the parts.
+"""A node: opens its parts, wires them, changes between leading and following, closes them in reverse.
 
-Start: lock the directory -> find the cluster -> recover (R2) -> claim and promote, if this node leads -> serve.
-Stop (SIGTERM, SIGINT): refuse new work and finish what runs -> end the links -> end replication -> log, sync, mark ->
-close every connection, then the files -> exit 0. After a failure of the disk nothing is tidied up: the process ends
-at once and the next start recovers, since whatever it did next could be wrong (R5).
+Decisions live in the parts: who leads is the elector's, the durable order of a change is `promote`'s and the engine's.
+Every change of side happens under one lock, `_changing`, and is whole: a SEAL that comes in the middle of a promotion
+waits for its end, and is answered after this node has stepped down (R2).
+
+Stop (SIGTERM, SIGINT): hand the lead over, refuse new work and finish what runs -> end the links -> end replication ->
+log, sync, mark -> close every connection, then the files -> exit 0. After a failure of the disk nothing is tidied up:
+the process ends at once and the next start recovers, since whatever it did next could be wrong (R5).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import secrets
-import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from walship.config import NodeConfig, open_gate
-from walship.coordination.baton_key import baton_key
+from walship.config import NodeConfig
+from walship.coordination.lease import Lease
 from walship.coordination.record import (
-    LEADER,
     LeaderRecord,
     NodeRecord,
     Phase,
+    Seen,
     TermStart,
     announce_leader,
     claim_next_term,
-    decode,
     read_terms,
     register_node,
 )
-from walship.coordination.store import Store, open_store
+from walship.coordination.store import Store
 from walship.engine import failpoints
-from walship.engine.acks import AckTracker
 from walship.engine.database import Database
+from walship.engine.durable_state import Truth
 from walship.engine.follower import Follower
 from walship.engine.leader import Leader
 from walship.engine.log import FrameRef, Log
@@ -47,28 +46,37 @@ from walship.engine.retention import LogLimits
 from walship.engine.snapshot import ltx_chunks
 from walship.engine.watermarks import Watermarks
 from walship.engine.writer import Writer
-from walship.errors import CorruptData, Draining, NotLeader, Unavailable, WalshipError
+from walship.errors import (
+    CompareFailed,
+    CorruptData,
+    CorruptDatabase,
+    Draining,
+    Fenced,
+    NotLeader,
+    Unavailable,
+    WalshipError,
+)
 from walship.formats.frame import SnapshotHeader
-from walship.formats.position import Position
-from walship.front.listen import Address, listen
+from walship.formats.position import Position, Tip
 from walship.hrana.types import Batch, Level
-from walship.node.app import NodeApp
+from walship.node.elector import Elector
 from walship.node.embedded import EmbeddedReplicas
-from walship.node.http_server import serving
-from walship.node.join import Membership, join, lock_directory
+from walship.node.following import Following
+from walship.node.join import Membership
+from walship.node.leading import Leading, boottime
 from walship.node.link_server import LinkServer
 from walship.node.promote import promote
 from walship.node.recover import recover
 from walship.node.report import Report
 from walship.node.role import Event, Role, next_role
 from walship.node.scrub import pin_follower, pin_leader, scrub
-from walship.replication.publisher import Publisher
-from walship.replication.subscriber import Identity, Subscriber
+from walship.replication.publisher import Publisher, turn_away
+from walship.replication.subscriber import Subscriber
 from walship.service.limits import Limits
 from walship.service.request import Call, CursorReply, Reply
 from walship.service.service import Service
 
-__all__ = ["Node", "run"]
+__all__ = ["Node"]
 
 _log = logging.getLogger("walship.node")
 
@@ -109,20 +117,26 @@ class Node:
         self.watermarks = Watermarks(_ZERO)
         self.leader_record: LeaderRecord | None = member.leader.record if member.leader else None
         self.replica: Replica | None = None
-        self.leading: Leader | None = None
-        self.writer: Writer | None = None
-        self.publisher: Publisher | None = None
-        self.follower: Follower | None = None
-        self.subscriber: Subscriber | None = None
         self.service: Service | None = None
         self.verified_ms: int | None = None
         self.report = Report(self)
         self.embedded = EmbeddedReplicas(self, store, config.data_dir)
         self.stop = asyncio.Event()
         self._given = _ZERO
-        self.links = LinkServer(self, self.report.link_status, self._on_change, position_for=self.position_for)
-        self._store = store
-        self._acks: AckTracker | None = None
+        self.store = store
+        self.elector = Elector(self)
+        self.links = LinkServer(
+            self,
+            self.report.link_status,
+            self._on_change,
+            position_for=self.position_for,
+            stand=self.elector.stand,
+            joined=lambda: self.joined,
+        )
+        self._led: Leading | None = None
+        self._following: Following | None = None
+        self._opened: Leader | None = None  # a term that is durable here and not announced yet
+        self._changing = asyncio.Lock()
         self._limits = LogLimits(
             max_bytes=config.log_max_bytes,
             segment_bytes=min(64 << 20, max(1 << 20, config.log_max_bytes // 8)),
@@ -132,16 +146,61 @@ class Node:
         self._leader_changed = asyncio.Event()
         self._replica_changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._spawned: set[asyncio.Task[None]] = set()
 
     # --- Source and Host --------------------------------------------------------------------------------------
 
     @property
+    def leading(self) -> Leader | None:
+        return self._led.engine if self._led is not None else None
+
+    @property
+    def led(self) -> Leading | None:
+        return self._led
+
+    @property
+    def writer(self) -> Writer | None:
+        return self._led.writer if self._led is not None else None
+
+    @property
+    def publisher(self) -> Publisher | None:
+        return self._led.publisher if self._led is not None else None
+
+    @property
+    def follower(self) -> Follower | None:
+        return self._following.follower if self._following is not None else None
+
+    @property
+    def subscriber(self) -> Subscriber | None:
+        return self._following.subscriber if self._following is not None else None
+
+    @property
+    def acks_required(self) -> int:
+        return self.member.record.acks
+
+    @property
+    def established(self) -> bool:
+        """True while this node serves as the leader: its term-start is acknowledged, its lease lasts (R19)."""
+        return self._led is not None and self._led.established
+
+    @property
+    def joined(self) -> bool:
+        """False while this node may show what is no history: it led or started, and has not followed since (I21)."""
+        if self._led is not None:
+            return True
+        return self._following is not None and self._following.joined
+
+    @property
     def term(self) -> int:
-        return self.leading.term if self.leading is not None else 0
+        return self._led.term if self._led is not None else 0
 
     @property
     def log(self) -> Log:
         return self._replica().log
+
+    @property
+    def lease_ms(self) -> int:
+        return int(self.config.lease_seconds * 1000)
 
     @property
     def database(self) -> Database:
@@ -157,9 +216,8 @@ class Node:
         return (None, None, 0) if record is None else (record.name, record.url, record.term)
 
     def record_ack(self, node_id: str, durable: Position, applied: Position, *, voter: bool) -> None:
-        if voter and self._acks is not None:
-            self._acks.record(node_id, durable)
-            self._move_acked()
+        if voter and self._led is not None:
+            self._led.record_ack(node_id, durable)
 
     def forget(self, node_id: str) -> None:
         """A connection ended; what that follower acknowledged stays acknowledged."""
@@ -228,19 +286,53 @@ class Node:
     # --- life -------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Recover, and lead if the record says so. Raises what makes that impossible."""
+        """Recover; found the cluster's first term, or go on where this node led last. Raises what prevents it."""
         member = self.member
         self.replica = await asyncio.to_thread(
             recover, self.config.data_dir, member.state, member.marks, cluster=self.cluster, limits=self._limits
         )
         self._become(Event.RECOVERED)
-        for record in await read_terms(self._store):
+        for record in await read_terms(self.store):
             self.watermarks.add_term(record.term, record.start.prev_txid)
-        await register_node(self._store, self._node_record())
-        if member.leads:
-            await self._lead()
-        else:
-            self._follow()
+        await register_node(self.store, self._node_record())
+        if member.leads and await self._go_on_leading():
+            return
+        if self.replica is None or member.state.state.truth is Truth.LOG:
+            self._follow()  # else the -wal stays the truth until it is known who leads
+
+    async def _go_on_leading(self) -> bool:
+        """The record's holder is this node, so nobody else was elected since its former process ended, and its own
+        -wal and log hold all that was acknowledged: it claims the next term without asking for votes."""
+        member = self.member
+        record = member.leader.record if member.leader is not None else None
+        if record is not None and record.phase is not Phase.SERVING:
+            return False  # a claim or a handoff was under way: the elector decides
+        if self.replica is None:
+            raise CorruptData(
+                f"{self.config.data_dir}: this node leads by the record, but its own copy cannot be opened. Nothing "
+                "was changed. Restore its files, or start another node that holds the data"
+            )
+        began = boottime()
+        try:
+            claim = await claim_next_term(
+                self.store,
+                member.leader,
+                holder=self.node_id,
+                name=self.name,
+                url=self.url,
+                nonce=self.boot_nonce,
+                promised=member.state.state.promised,
+                lease_ms=self.lease_ms,
+            )
+        except CompareFailed:
+            return False
+        failpoints.reach("leader.claimed")
+        await self.promise(claim.record.term)
+        start = await self.begin_term(claim.record.term)
+        seen = await announce_leader(self.store, claim, start=start)
+        await self.serve_term(seen, began)
+        self.elector.core.began_alone(seen)
+        return True
 
     async def serve(self) -> BaseException | None:
         """Run everything until `stop` or a failure; returns the failure. After a stop all is drained."""
@@ -260,13 +352,13 @@ class Node:
 
     async def close(self) -> None:
         """Make what is known durable and close the files, in order. Not after a failure."""
-        if self.writer is not None and self.leading is not None:
-            await self.writer.stop()
-            await asyncio.to_thread(self.leading.close)
+        if self._led is not None:
+            await self._led.close()
             self.embedded.close()
-        if self.follower is not None:
-            await self.follower.stop()
+        if self._following is not None:
+            await self._following.stop()
         if self.replica is not None:
+            self.replica.unpin()
             await asyncio.to_thread(self.replica.close)
 
     def fail(self, error: BaseException) -> None:
@@ -289,31 +381,50 @@ class Node:
 
     # --- leading and following --------------------------------------------------------------------------------
 
-    async def _lead(self) -> None:
-        member, replica = self.member, self.replica
+    async def promise(self, term: int) -> None:
+        """Make it durable that lower terms are refused here. Raises Fenced when more is promised already."""
+        if term > self.member.state.state.promised:
+            await asyncio.to_thread(self.member.state.update, promised=term)
+
+    def eligible(self) -> Tip | None:
+        """What this node could lead with; None when its copy is missing, in doubt or being replaced."""
+        if not self.voter or self.replica is None or self.role in (Role.STARTING, Role.STOPPING):
+            return None
+        if self._following is not None and not self._following.follower.sound:
+            return None
+        return self.replica.log.tip
+
+    async def begin_term(self, term: int) -> TermStart:
+        """Open `term` on this node in R2's order. Nobody is told yet. Raises what makes it impossible; this node then
+        follows again."""
+        async with self._changing:
+            if self.member.state.state.promised > term:
+                raise Fenced(f"term {self.member.state.state.promised} was promised; term {term} is not begun here")
+            self._become(Event.CLAIM_WON)
+            try:
+                return await self._open_term(term)
+            except CorruptData as error:
+                _log.error("cannot lead term=%d error=%s", term, error)
+                self._become(Event.DEPOSED)
+                self._follow(str(error))
+                raise
+
+    async def _open_term(self, term: int) -> TermStart:
+        replica = self.replica
+        if self._following is not None:
+            following, self._following = self._following, None
+            try:
+                replica = await following.retire()
+            except BaseException:
+                await following.stop()
+                raise
         if replica is None:
-            raise CorruptData(
-                f"{self.config.data_dir}: this node leads by the record, but its own copy cannot be opened. Nothing "
-                "was changed. Restore its files, or start another node that holds the data"
-            )
-        state = member.state
-        claim = await claim_next_term(
-            self._store,
-            member.leader,
-            holder=self.node_id,
-            name=self.name,
-            url=self.url,
-            promised=state.state.promised,
-        )
-        failpoints.reach("leader.claimed")
-        term = claim.record.term
-        state.update(promised=term)
-        self._become(Event.CLAIM_WON)
+            raise CorruptDatabase(f"{self.config.data_dir}: there is no database to lead with")
         previous = replica.log.tip
-        self.leading = await asyncio.to_thread(
+        self._opened = await asyncio.to_thread(
             promote,
             replica,
-            state,
+            self.member.state,
             self.watermarks,
             cluster=self.cluster,
             term=term,
@@ -321,51 +432,107 @@ class Node:
             on_frame=self._on_frame,
             on_group=self.report.observe_group,
         )
-        start = TermStart(previous.position.term, previous.position.txid, previous.checksum)
-        serving_record = await announce_leader(self._store, claim, start=start)
-        self.leader_record = serving_record.record
-        self._acks = AckTracker(term, member.record.acks, _ZERO)
-        self.writer = Writer(self.leading, self._acks, on_failure=self.fail)
-        self.publisher = Publisher(self, prompt_acked=member.record.acks >= 2, acks=member.record.acks)
-        self.watermarks.on_change(self._move_acked)
-        self.writer.start()
-        self._move_acked()
-        await self.embedded.begin_term(self.leading.tip.position)
-        self._become(Event.TERM_STARTED)
+        return TermStart(previous.position.term, previous.position.txid, previous.checksum)
 
-    def _follow(self) -> None:
-        member = self.member
-        self.follower = Follower(
-            directory=self.config.data_dir,
-            state=member.state,
-            cluster=self.cluster,
-            voter=self.voter,
-            acks=member.record.acks,
-            limits=self._limits,
-            replica=self.replica,
-            marks=member.marks,
-            watermarks=self.watermarks,
-            on_replica=self._on_replica,
-            on_failure=self.fail,
-            on_sync=self.report.observe_log_sync,
-        )
-        identity = Identity(self.cluster, self.node_id, self.name, self.boot_nonce)
-        credential = member.record.credential("replication")
-        self.subscriber = Subscriber(self.follower, self._locate_leader, identity, credential=credential)
+    async def serve_term(self, seen: Seen[LeaderRecord], began: float) -> None:
+        """The record says that this node serves the term it has opened; the compare-and-swap was begun at `began`."""
+        async with self._changing:
+            opened, self._opened = self._opened, None
+            if opened is None or opened.term != seen.record.term:
+                return  # sealed for a higher term meanwhile
+            self.leader_record = seen.record
+            lease = Lease(seen.record.lease_ms / 1000)
+            lease.extend(began)
+            self._led = Leading(self, opened, seen, lease, self.elector.lost)
+            if self.service is not None:
+                self.service.may_lead()
+            self._led.start()
+            self._become(Event.TERM_STARTED)
+        self.spawn(self.embedded.begin_term(opened.tip.position), "embedded generation")
 
-    async def _subscribe(self, subscriber: Subscriber) -> None:
+    async def step_down(self, term: int, why: str) -> None:
+        """End leading `term`, or having opened it, and follow. Does nothing when that is over already."""
+        async with self._changing:
+            if self.term == term or (self._opened is not None and self._opened.term == term):
+                await self._step_down(why)
+
+    async def _step_down(self, why: str) -> None:
+        """`_changing` is held. Raises StorageFailed: the process must end."""
+        _log.warning("step down reason=%s", why)
+        led, opened, self._opened = self._led, self._opened, None
         try:
-            await subscriber.run()
+            if led is not None:
+                if self.service is not None:
+                    self.service.stop_leading()
+                await led.step_down()
+            elif opened is not None:
+                await asyncio.to_thread(opened.step_down)
         except WalshipError as error:
             self.fail(error)
+            raise
+        self._led = None
+        if self.role is not Role.STOPPING:
+            self._become(Event.DEPOSED)
+        self._follow()
 
-    def _move_acked(self) -> None:
-        acks, marks = self._acks, self.watermarks
-        if acks is None:
-            return
-        acked = acks.covered(marks.durable)
-        if acked.order() > marks.acked.order():
-            marks.acked = acked
+    async def seal(self, term: int) -> Tip | None:
+        """Promise `term` to a candidate: step down from any lower one, then say what is durable here; None when this
+        copy stands for nothing. Raises Fenced when more is promised, or this node leads in that term."""
+        async with self._changing:
+            if term < self.member.state.state.promised or term == self.term:
+                raise Fenced(f"term {self.member.state.state.promised} is promised here")
+            if self._led is not None or self._opened is not None:
+                await self._step_down(f"sealed for term {term}")
+            elif self._following is None:
+                self._follow()
+            await self.promise(term)
+            if self.eligible() is None or self.replica is None:
+                return None
+            return await asyncio.to_thread(self.replica.log.sync)
+
+    def _follow(self, broken: str | None = None) -> None:
+        self._following = Following(
+            self,
+            self.replica,
+            limits=self._limits,
+            locate_leader=self._locate_leader,
+            on_replica=self._on_replica,
+        )
+        if broken is not None:
+            self._following.follower.replace(broken)
+
+    def learn_leader(self, record: LeaderRecord) -> None:
+        """The store's leader record changed, or was read."""
+        if self.leader_record is None or record.term >= self.leader_record.term:
+            self.leader_record = record
+            self._leader_changed.set()
+            if self.subscriber is not None:
+                self.subscriber.wake()
+        elsewhere = record.phase is Phase.SERVING and record.nonce != self.boot_nonce
+        waits = self._led is None and self._opened is None and self._following is None
+        if elsewhere and waits and self.role is Role.FOLLOWER:
+            self._follow()
+
+    async def serve_replication(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one follower, or send it to the leader."""
+        if self.publisher is not None:
+            await self.publisher.serve(reader, writer)
+        else:
+            await turn_away(reader, writer, f"{self.name} does not lead", self.leader_url)
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run `work` beside everything else; an error that is not of the tree ends the node."""
+        task = self._loop.create_task(work, name=name)
+        self._spawned.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._spawned.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, WalshipError):
+            _log.warning("%s ended error=%s", task.get_name(), error)
+        elif error is not None:
+            self.fail(error)
 
     def _on_frame(self, ref: FrameRef, data: bytes | None) -> None:
         """Writer thread: offer small frames to the publisher, so that shipping them reads no file."""
@@ -392,31 +559,14 @@ class Node:
 
     # --- background -------------------------------------------------------------------------------------------
 
-    async def _watch_leader(self) -> None:
-        async for change in self._store.watch(LEADER):
-            if change.key != LEADER or change.state is None:
-                continue
-            record = decode(LeaderRecord, LEADER, change.state.value)
-            if self.leader_record is None or record.term >= self.leader_record.term:
-                self.leader_record = record
-                self._leader_changed.set()
-            if self.leading is not None and record.term > self.leading.term:
-                self.fail(
-                    Unavailable(f"term {record.term} began elsewhere; this node stops leading {self.leading.term}")
-                )
-
     def _run_background(self, tasks: asyncio.TaskGroup, stack: contextlib.AsyncExitStack) -> None:
         """Start what runs beside the service; it ends after the service has."""
         work: list[tuple[str, Coroutine[Any, Any, None]]] = [
-            ("watch leader", self._watch_leader()),
+            ("elector", self.elector.run()),
             ("log retention", self._retain()),
             ("scrub", self._scrub()),
             ("embedded replicas", self.embedded.run()),
         ]
-        if self.publisher is not None:
-            work.append(("publisher", self.publisher.run()))
-        if self.subscriber is not None:
-            work.append(("subscriber", self._subscribe(self.subscriber)))
         for name, coroutine in work:
             stack.callback(tasks.create_task(coroutine, name=name).cancel)
 
@@ -513,61 +663,3 @@ class Node:
 
     def _on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self.watermarks.on_change(callback)
-
-
-async def run(config: NodeConfig) -> int:
-    """The `walship node` command: run until SIGTERM or SIGINT. Returns 0; raises what made it impossible."""
-    with lock_directory(config.data_dir):
-        store = open_store(config.cluster_url)
-        try:
-            member = await join(config, store)
-            listener = listen(config.listen_host, config.listen_port)
-            node = Node(config, store, member, config.advertise or Address.of(listener).url)
-            await node.start()
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, node.stop.set)
-            app = NodeApp(
-                node,
-                node.report,
-                name=node.name,
-                max_body_bytes=config.body_max_bytes,
-                baton_key=await baton_key(store),
-                gate=open_gate(config),
-                drain_seconds=config.drain_seconds,
-                routes=node.embedded.routes(),
-            )
-            upgrades = {"/walship/link": node.links.serve}
-            if node.publisher is not None:
-                upgrades["/walship/replication"] = node.publisher.serve
-            credentials = {path: member.record.credential(path.rpartition("/")[2]) for path in upgrades}
-            async with serving(
-                app,
-                listener,
-                upgrades=upgrades,
-                credentials=credentials,
-                drain_seconds=config.drain_seconds,
-                message_max_bytes=config.body_max_bytes,
-            ):
-                _say_ready(node)
-                failure = await node.serve()
-                if failure is not None:
-                    _end_now(failure)
-            await node.close()
-        finally:
-            await store.close()
-    return 0
-
-
-def _say_ready(node: Node) -> None:
-    line = json.dumps({"ready": True, "url": node.url, "name": node.name, "pid": os.getpid()})
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def _end_now(error: BaseException) -> NoReturn:
-    """After a failure nothing may be tidied up: closing could change what a restart counts from (R5, R7)."""
-    sys.stderr.write(f"walship: {error}\n")
-    sys.stderr.flush()
-    logging.shutdown()
-    os._exit(1)

@@ -2,11 +2,12 @@
 
     STARTING   recovery: the -wal and the log fsynced before any position is reported
     FOLLOWER   accepts frames of the newest term, applies them, acknowledges
-    CLAIMING   holds term t by compare-and-swap; nobody may be told yet
+    CLAIMING   holds term t by compare-and-swap and opens it; nobody may be told yet
     LEADER     the term-start frame and `truth=wal` are durable; commits, ships, acknowledges
     STOPPING   no new work; what was acknowledged is durable already
 
-A missing entry is an error: the event cannot happen in that role. Elections between nodes add their events here.
+A missing entry is an error: the event cannot happen in that role. When a node claims, and when it steps down, is the
+election's to say (`walship.coordination.election`).
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ class Event(StrEnum):
     RECOVERED = "recovered"
     CLAIM_WON = "claim won"
     TERM_STARTED = "term started"
+    DEPOSED = "deposed"
     STOP = "stop"
 
 
 TRANSITIONS: dict[Role, dict[Event, Role]] = {
     Role.STARTING: {Event.RECOVERED: Role.FOLLOWER, Event.STOP: Role.STOPPING},
     Role.FOLLOWER: {Event.CLAIM_WON: Role.CLAIMING, Event.STOP: Role.STOPPING},
-    Role.CLAIMING: {Event.TERM_STARTED: Role.LEADER, Event.STOP: Role.STOPPING},
-    Role.LEADER: {Event.STOP: Role.STOPPING},
+    Role.CLAIMING: {Event.TERM_STARTED: Role.LEADER, Event.DEPOSED: Role.FOLLOWER, Event.STOP: Role.STOPPING},
+    Role.LEADER: {Event.DEPOSED: Role.FOLLOWER, Event.STOP: Role.STOPPING},
     Role.STOPPING: {Event.STOP: Role.STOPPING},
 }
 
@@ -45,6 +47,8 @@ DURABLE_STEPS: dict[tuple[Role, Event], tuple[str, ...]] = {
     (Role.STARTING, Event.RECOVERED): ("fdatasync -wal", "fsync log", "rebuilt frames fsynced"),
     (Role.FOLLOWER, Event.CLAIM_WON): ("promised=t",),
     (Role.CLAIMING, Event.TERM_STARTED): ("fdatasync -wal", "term-start frame fsynced", "truth=wal, led=t, base"),
+    (Role.CLAIMING, Event.DEPOSED): ("fsync log", "truth=log"),
+    (Role.LEADER, Event.DEPOSED): ("fdatasync -wal", "fsync log", "truth=log"),
     (Role.LEADER, Event.STOP): ("fsync log", "next_base", "mark"),
     (Role.FOLLOWER, Event.STOP): ("fsync log", "fdatasync -wal", "mark"),
 }

@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Self
 
 import msgspec
 
 from walship.errors import ProtocolViolation, Unavailable, WalshipError
+from walship.formats.position import Position, Tip
 from walship.replication.hangup import hang_up
 from walship.replication.upgrade import connect
 
@@ -57,6 +59,15 @@ class Sealed(msgspec.Struct, frozen=True, tag="sealed"):
     checksum: int
     commit: int
     lag_txids: int = 0
+
+    @classmethod
+    def of(cls, name: str, node_id: str, url: str, nonce: str, tip: Tip, lag_txids: int) -> Self:
+        position = tip.position
+        return cls(name, node_id, url, nonce, position.term, position.txid, tip.checksum, tip.commit, lag_txids)
+
+    @property
+    def tip(self) -> Tip:
+        return Tip(Position(self.term, self.txid), self.checksum, self.commit)
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

@@ -31,7 +31,7 @@ from walship.replication.feed import (
 )
 from walship.replication.hangup import LINGER_SECONDS, hang_up, send
 from walship.replication.holds import Holds
-from walship.replication.messages import GoodbyeReason, Hello, Refusal
+from walship.replication.messages import GoodbyeReason, Hello, Refusal, RefusalReason
 from walship.replication.protocol import LeaderProtocol
 from walship.replication.rounds import Rounds
 from walship.replication.tail import Tail
@@ -44,6 +44,7 @@ __all__ = [
     "PublisherStatistics",
     "SnapshotStream",
     "Source",
+    "turn_away",
 ]
 
 TAIL_BYTES = 8 << 20  # newest frames kept in memory: several group commits for a follower that is a moment behind
@@ -292,3 +293,21 @@ class Publisher:
             type(errors[0]).__name__,
             errors[0],
         )
+
+
+async def turn_away(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: str, leader_url: str | None
+) -> None:
+    """Answer a follower's hello on a node that does not lead: it learns who does, if that is known here."""
+    protocol = LeaderProtocol()
+    try:
+        async with asyncio.timeout(FeedLimits().hello_seconds):
+            while data := await reader.read(64 << 10):
+                if any(isinstance(event, Hello) for event in protocol.receive_data(data)):
+                    send(writer, protocol.send_refusal(Refusal(RefusalReason.NOT_LEADER, message, leader_url)))
+                    await writer.drain()
+                    return
+    except (WalshipError, OSError) as error:  # TimeoutError is one
+        _log.info("drop connection before a hello was understood: %s", error)
+    finally:
+        hang_up(writer)

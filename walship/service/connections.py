@@ -109,6 +109,12 @@ class Connections:
         keep = clean and len(shelf) < self._limits.idle_connections
         self._threads.submit(_tidy, lane, shelf if keep else None, first)
 
+    def drop_writers(self) -> None:
+        """Close the idle lanes for writing: they are of a leadership that is over."""
+        shelf = self._idle[True]
+        while shelf:
+            self._threads.submit(shelf.pop().connection.close, True)
+
     def interrupt_all(self) -> None:
         """Interrupt what runs, now and from now on: the node stops, and what is not committed is not done."""
         self._closing = True

@@ -84,6 +84,7 @@ class Service:
         self._quiet = asyncio.Event()
         self._shared: tuple[apsw.Connection, Executor] | None = None
         self._write_until = math.inf  # the writer thread's: when the statements of its present job end
+        self._revoked = False  # this node stops leading: no job may run to its end
         self._reads: Reads
         self._connections: Connections
         self._streams: Streams
@@ -185,6 +186,17 @@ class Service:
             draining=self._draining,
         )
 
+    def stop_leading(self) -> None:
+        """This node stops leading: what runs in the writer thread is interrupted, streams that own a connection for
+        writing end, and their clients are told. Reads go on."""
+        self._revoked = True
+        self._streams.spawn(self._streams.expire_writers())
+
+    def may_lead(self) -> None:
+        """This node begins to lead."""
+        self._revoked = False
+        self._connections.drop_writers()
+
     async def drain(self, deadline_seconds: float) -> None:
         """Refuse new streams, let what runs and what is open end for at most `deadline_seconds`, roll back the rest."""
         self._draining = True
@@ -278,7 +290,8 @@ class Service:
     def _shall_stop_job(self) -> bool:
         # Only while a job runs: our own ROLLBACK after it must not be interrupted.
         running = self._write_until < math.inf
-        return running and (self._connections.closing or self._clock() > self._write_until)
+        ending = self._revoked or self._connections.closing
+        return running and (ending or self._clock() > self._write_until)
 
     def _check_may_write(self, call: Call) -> None:
         if call.read_only:

@@ -147,6 +147,13 @@ class Streams:
             async with session.lock:
                 await self._close_quietly(session)
 
+    async def expire_writers(self) -> None:
+        """End every stream that owns a connection for writing: this node leads no more. Their clients are told so."""
+        for session in [session for session in self if session.lane is not None and session.lane.writer]:
+            async with session.lock:
+                if session.lane is not None and session.lane.writer and not session.closed:
+                    await self._expire(session)
+
     async def sweep(self) -> None:
         """Close what was idle for too long."""
         now, limits = self._clock(), self._limits
