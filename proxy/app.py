@@ -20,6 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.backends import Backends
+from proxy.buffer import Hold, HoldLimits
 from proxy.consistency import Floors, Settings
 from proxy.dispatch import Dispatcher
 from proxy.dump import dump
@@ -30,6 +31,7 @@ from proxy.plan import Known
 from proxy.status import cluster_status, refresh_gauges
 from proxy.streams import StreamLimits, Streams
 from proxy.websocket import SocketStream
+from proxy.writes import Writes
 from walship import __version__
 from walship.config import ProxyConfig, open_gate
 from walship.coordination.baton_key import baton_key
@@ -77,10 +79,19 @@ class Proxy:
         self._clock = asyncio.get_running_loop().time
         self.backends = Backends(store, self.floors, rng=rng, clock=self._clock, on_lost=self.streams.drop_connection)
         self.freshness = Freshness(self.backends, self.floors, self.numbers, neighbours)
+        window = min(config.hold_seconds, config.deadline_seconds)
+        self.hold = Hold(
+            HoldLimits(window, config.hold_requests, config.hold_max_bytes),
+            leads=lambda: self.backends.leader is not None,
+            clock=self._clock,
+            metrics=self.numbers,
+        )
+        self.backends.on_news.append(self.hold.look)
         self.dispatcher = Dispatcher(
             self.backends,
             self.floors,
             self.freshness,
+            Writes(self.backends, self.hold, self.numbers, wait_ms=max(int(config.wait_seconds * 1000), 1)),
             rng=rng,
             wait_seconds=config.wait_seconds,
             deadline_seconds=config.deadline_seconds,

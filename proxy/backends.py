@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 from proxy.consistency import Floors
-from proxy.link import LinkConnection
+from proxy.link import RELAY_PATH, UPGRADE_PATH, LinkConnection
 from walship.coordination.record import (
     CLUSTER,
     LEADER,
@@ -42,7 +42,18 @@ QUIET_SECONDS = 1.5
 DEAD_SECONDS = 5.0
 """A link silent for so long is cut: reads go elsewhere, writes are answered "outcome unknown"."""
 
+LEADER_DEAD_SECONDS = 2.5
+"""The same for a leader that other nodes are heard beside: it may be this proxy alone that hears nothing of it, and a
+relay through one of them is better than to wait for the rest."""
+
 CONNECT_SECONDS = 3.0
+RELAY_CONNECT_SECONDS = 1.5
+RELAY_AFTER_FAILURES = 2
+"""After so many vain attempts to connect to the leader it is tried through followers, in turn with the direct way."""
+
+DIRECT_AGAIN_SECONDS = 1.0
+"""How often the direct way is tried while the leader is reached through a follower."""
+
 CLUSTER_SECONDS = 1.0
 BACKOFF_SECONDS = (0.02, 1.0)
 WATCH_RETRY_SECONDS = 1.0
@@ -85,6 +96,8 @@ class Backend:
         self.latency = PeakEwma()
         self.reads = 0
         self.last_failure: str | None = None
+        self.failures = 0  # attempts to connect without success since the last one that had it
+        self.via: str | None = None  # the follower that relays the present connection
         self.since = clock()
         self._clock = clock
         self._applied: Position = NO_POSITION
@@ -109,6 +122,12 @@ class Backend:
     @property
     def lag_ms(self) -> int | None:
         return None if self.status is None else self.status.lag_ms
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since anything was heard over the present link; infinite without one."""
+        connection = self.connection
+        return math.inf if connection is None else self._clock() - connection.last_heard
 
     @property
     def usable(self) -> bool:
@@ -149,6 +168,7 @@ class Backend:
 
     def forget_connection(self) -> None:
         self.connection, self.status, self._applied, self._serving = None, None, NO_POSITION, False
+        self.via = None
         self.since = self._clock()
 
 
@@ -187,6 +207,8 @@ class Backends:
         self._waiters: set[asyncio.Future[None]] = set()
         self.leader_record: LeaderRecord | None = None
         self.cluster_record: ClusterRecord | None = None
+        self.highest_term = 0  # of any record, status or refusal; a leader below it gets nothing (I18)
+        self.on_news: list[Callable[[], None]] = []  # called whenever `changed` ends
         self._cluster_known = asyncio.Event()
 
     def __iter__(self) -> Iterator[Backend]:
@@ -197,9 +219,15 @@ class Backends:
 
     @property
     def leader(self) -> Backend | None:
-        """The usable node that says it leads in the newest term."""
-        leaders = [node for node in self._nodes.values() if node.role is Role.LEADER and node.usable]
-        return max(leaders, key=lambda node: node.term, default=None)
+        """The usable node that says it leads, in the newest term heard of by any way (I18)."""
+        for node in self._nodes.values():
+            if node.role is Role.LEADER and node.term >= self.highest_term and node.usable:
+                return node
+        return None
+
+    def learn_term(self, term: int) -> None:
+        """A term was heard of; leaders of older ones count no more."""
+        self.highest_term = max(self.highest_term, term)
 
     async def changed(self, timeout_seconds: float) -> bool:
         """Wait until any node's status, link or record changes; False when nothing did in time."""
@@ -243,7 +271,9 @@ class Backends:
         if change.key == LEADER:
             state = change.state
             self.leader_record = None if state is None else decode(LeaderRecord, change.key, state.value)
-            self._notify()
+            if self.leader_record is not None:
+                self.learn_term(self.leader_record.term)
+            self.notify()
 
     def _node_changed(self, change: Change, tasks: asyncio.TaskGroup) -> None:
         name = change.key.removeprefix(NODES)
@@ -260,7 +290,7 @@ class Backends:
             log.info("found node name=%s url=%s", name, record.url)
             backend = self._nodes[name] = Backend(record, self._clock)
             self._keepers[name] = tasks.create_task(self._keep(backend), name=f"link {name}")
-        self._notify()
+        self.notify()
 
     # --- links --------------------------------------------------------------------------------------------------
 
@@ -275,7 +305,8 @@ class Backends:
 
     async def _one_connection(self, backend: Backend) -> bool:
         """One connection from its start to its end; True when the node sent a status."""
-        parts = urlsplit(backend.record.url)
+        relay = self._relay_for(backend)
+        parts = urlsplit((backend if relay is None else relay).record.url)
         host, port = parts.hostname or "127.0.0.1", parts.port or 80
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[str] = loop.create_future()
@@ -283,12 +314,16 @@ class Backends:
         generation = backend.generation
 
         def on_status(status: Status) -> None:
+            if status.name != backend.name:  # a relay to a leader that has just changed
+                connection.abort(f"{status.name} answered in the place of {backend.name}")
+                return
             news = backend.take_status(status)
+            self.learn_term(status.term)
             self._floors.learn(status)
             if not self._floors.ready:
                 self._start_without_leader()
             if news:
-                self._notify()
+                self.notify()
 
         def on_end(reason: str) -> None:
             if not ended.done():
@@ -296,7 +331,7 @@ class Backends:
             if backend.generation == generation:
                 backend.forget_connection()
             self._on_lost(backend.name, generation)
-            self._notify()
+            self.notify()
 
         cluster = await self._cluster()
         connection = LinkConnection(
@@ -304,25 +339,70 @@ class Backends:
             name=backend.name,
             on_status=on_status,
             on_end=on_end,
-            credential="" if cluster is None else cluster.credential("link"),
+            credential="" if cluster is None else cluster.credential("link" if relay is None else "relay"),
+            path=UPGRADE_PATH if relay is None else RELAY_PATH,
         )
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
+            async with asyncio.timeout(CONNECT_SECONDS if relay is None else RELAY_CONNECT_SECONDS):
                 await loop.create_connection(lambda: connection, host, port)
         except (OSError, TimeoutError) as error:
+            backend.failures += 1
             self._failed(backend, f"cannot connect to {backend.record.url}: {error or 'no answer in time'}")
             connection.abort("never connected")
             return False
-        backend.connection = connection
+        backend.connection, backend.via = connection, None if relay is None else relay.name
+        if relay is not None:
+            log.warning("reach leader %s through %s: %s", backend.name, relay.name, backend.last_failure)
         try:
-            while not ended.done():
-                await asyncio.wait([ended], timeout=DEAD_SECONDS / 8)
-                if not ended.done() and loop.time() - connection.last_heard > DEAD_SECONDS:
-                    connection.abort(f"node {backend.name} was silent for {DEAD_SECONDS:g} s")
+            await self._watch(backend, connection, ended, direct=relay is None)
         finally:
             connection.abort("the proxy closed the link")
-        self._failed(backend, await ended)
-        return connection.upgraded
+        reason = await ended
+        heard = connection.upgraded and connection.statuses > 0
+        backend.failures = 0 if heard and relay is None else backend.failures + 1
+        self._failed(backend, reason)
+        return heard
+
+    async def _watch(
+        self, backend: Backend, connection: LinkConnection, ended: asyncio.Future[str], *, direct: bool
+    ) -> None:
+        """Until the connection has ended, or the node was silent for too long, or a relay is no longer needed."""
+        loop = asyncio.get_running_loop()
+        looked = loop.time()
+        while not ended.done():
+            await asyncio.wait([ended], timeout=DEAD_SECONDS / 16)
+            if ended.done():
+                return
+            now = loop.time()
+            bound = self._dead_seconds(backend)
+            if now - connection.last_heard > bound:
+                connection.abort(f"node {backend.name} was silent for {bound:g} s")
+                if bound < DEAD_SECONDS:
+                    backend.failures = RELAY_AFTER_FAILURES
+            elif not direct and now - looked > DIRECT_AGAIN_SECONDS and not connection.in_flight:
+                looked = now
+                if await _answers(backend.record.url):
+                    backend.failures = 0
+                    connection.abort(f"node {backend.name} can be reached again without a relay")
+
+    def _dead_seconds(self, backend: Backend) -> float:
+        if backend is not self.leader_by_record:
+            return DEAD_SECONDS
+        others = any(node.silent_seconds < QUIET_SECONDS / 3 for node in self._nodes.values() if node is not backend)
+        return LEADER_DEAD_SECONDS if others else DEAD_SECONDS
+
+    @property
+    def leader_by_record(self) -> Backend | None:
+        """The node that the coordination store says leads, reachable or not."""
+        record = self.leader_record
+        return None if record is None else self._nodes.get(record.name)
+
+    def _relay_for(self, backend: Backend) -> Backend | None:
+        """A follower to reach the leader through, when that cannot be reached; every second attempt is direct."""
+        if backend.failures < RELAY_AFTER_FAILURES or backend.failures % 2 or backend is not self.leader_by_record:
+            return None
+        followers = [node for node in self._nodes.values() if node.role is Role.FOLLOWER and node.usable]
+        return self._rng.choice(followers) if followers else None
 
     async def _cluster(self) -> ClusterRecord | None:
         """The cluster's record, which says what to show a node; it may come in a moment after the node's own."""
@@ -345,8 +425,23 @@ class Backends:
             backend.last_failure = reason
             log.warning("lost link node=%s reason=%s", backend.name, reason)
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Something may be decided otherwise now: wake whoever waits."""
+        for listener in self.on_news:
+            listener()
         waiters, self._waiters = self._waiters, set()
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+async def _answers(url: str) -> bool:
+    """Can `url` be connected to?"""
+    parts = urlsplit(url)
+    try:
+        async with asyncio.timeout(DIRECT_AGAIN_SECONDS):
+            _, writer = await asyncio.open_connection(parts.hostname or "127.0.0.1", parts.port or 80)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True

@@ -101,7 +101,7 @@ class Buffer:
 
     def back(self, ticket: Ticket) -> None:
         """The leader did not do it: wait again, in the old place; the next leader is tried by one."""
-        assert ticket.out and not ticket.left, "only who is out comes back"
+        assert ticket.out, "only who is out comes back"
         ticket.out = False
         self._out -= 1
         self._done = 1

@@ -1,38 +1,38 @@
 """Getting one request done: choose a node, send, and on a refusal or a broken link choose again (R17, R22).
 
-What may be repeated is decided here and nowhere else:
+| after                           | a read                       | anything else                           |
+|---------------------------------|------------------------------|-----------------------------------------|
+| refused before it ran (NotDone) | another node, leader last    | proxy/writes.py: held for a leader      |
+| link broke                      | another node                 | the same; what was sent is asked after  |
+| NOT_READ_ONLY                   | to the leader, as a write    | -                                       |
+| any other refusal               | the client gets it           | the client gets it                      |
 
-| after                                 | a read                        | anything else                           |
-|---------------------------------------|-------------------------------|-----------------------------------------|
-| refused before it ran (NotDone)       | another node, leader last     | waits for a leader, until the deadline  |
-| link broke, request never sent        | another node                  | waits for a leader, until the deadline  |
-| link broke after sending              | another node                  | `OutcomeUnknown`                        |
-| NOT_READ_ONLY                         | to the leader, as a write     | -                                       |
-| any other refusal                     | the client gets it            | the client gets it                      |
-
-A pinned stream has one place to go; when that is gone its state is, and the client is told.
+A pinned stream has one place to go; when that is gone its state is, and the client is told. What its last request
+committed is asked after like any other write.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable
+from dataclasses import dataclass, replace
 from typing import Generic, NoReturn, TypeVar
 
 from proxy.backends import Backend, Backends
 from proxy.consistency import Floors
 from proxy.freshness import Freshness
 from proxy.link import Cursor, LinkConnection, LinkLost
+from proxy.outcome import done_cursor, done_pipeline, outcome_unknown
 from proxy.plan import Plan
 from proxy.router import Need, Verdicts, decide
+from proxy.sending import Attempt, Form, Refused, Sent, request_of, send_cursor, send_pipeline
 from proxy.streams import ClientStream, Pin
+from proxy.writes import RUN_SECONDS, Build, Writes
 from walship.errors import (
     Behind,
     NotDone,
     NotReadOnly,
-    OutcomeUnknown,
     Overloaded,
     TransactionTimeout,
     Unavailable,
@@ -40,25 +40,22 @@ from walship.errors import (
 )
 from walship.formats.link import (
     NO_POSITION,
-    ReadLevel,
     Reason,
     Refusal,
     Reply,
     Request,
     RequestFlags,
+    Role,
     Verb,
     error_of,
 )
 from walship.formats.position import Position
 from walship.hrana.auth import may_not_write
-from walship.hrana.baton import CLOSED, STREAM_EXPIRED, stream_expired
+from walship.hrana.baton import stream_expired
 from walship.hrana.types import Level
 from walship.metrics import ProxyMetrics
 
 __all__ = ["Answer", "CursorAnswer", "Dispatcher"]
-
-RUN_SECONDS = 300.0
-"""Longest a request may run on a node that is alive. A dead or silent node is noticed in seconds (backends.py)."""
 
 CLOSE_SECONDS = 1.0
 """How long to wait for a node to close one of its streams."""
@@ -72,10 +69,7 @@ RETRY_SECONDS = 0.05
 LOOK_SECONDS = 0.25
 """How often to look again without news: room on a link, and a node heard of again, are not announced."""
 
-# What is linearizable was proven when its floor was asked for; any node that covers the floor may serve it.
-_LEVELS = {Level.ANY: ReadLevel.ANY, Level.SESSION: ReadLevel.SESSION, Level.LINEARIZABLE: ReadLevel.SESSION}
-
-# Refusals after which another attempt is right: nothing ran, and things may be different elsewhere or a moment later.
+# Refusals of a read after which another attempt is right: things may be different elsewhere or a moment later.
 _ELSEWHERE = frozenset(
     {
         Reason.BEHIND,
@@ -85,9 +79,10 @@ _ELSEWHERE = frozenset(
         Reason.NOT_DONE,
         Reason.NOT_READ_ONLY,
         Reason.UNAVAILABLE,
+        Reason.OVERLOADED,
+        Reason.STORAGE,
     }
 )
-_READ_ELSEWHERE = _ELSEWHERE | {Reason.OVERLOADED, Reason.STORAGE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,29 +107,6 @@ class CursorAnswer:
 A = TypeVar("A")
 
 
-class _Refused(Exception):
-    """A node refused one attempt; never leaves this module."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal)
-        self.refusal = refusal
-
-
-@dataclass(frozen=True, slots=True)
-class _Started:
-    first: bytes
-    cursor: Cursor
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent(Generic[A]):
-    """An answer, and whose."""
-
-    backend: Backend
-    connection: int
-    answer: A
-
-
 class Dispatcher:
     """Sends requests. Holds no request's state; `floors` and `verdicts` are what it learns."""
 
@@ -143,6 +115,7 @@ class Dispatcher:
         backends: Backends,
         floors: Floors,
         freshness: Freshness,
+        writes: Writes,
         *,
         rng: random.Random,
         wait_seconds: float,
@@ -151,23 +124,22 @@ class Dispatcher:
         verdicts: Verdicts | None = None,
         run_seconds: float = RUN_SECONDS,
     ) -> None:
-        self.backends, self.floors, self.freshness = backends, floors, freshness
+        self.backends, self.floors, self.freshness, self.writes = backends, floors, freshness, writes
         self.verdicts = verdicts or Verdicts()
-        self.metrics = metrics
-        self._rng = rng
-        self._wait_ms = max(int(wait_seconds * 1000), 1)
-        self._deadline_seconds, self._run_seconds = deadline_seconds, run_seconds
+        self.metrics, self.rng = metrics, rng
+        self.wait_ms = max(int(wait_seconds * 1000), 1)
+        self.deadline_seconds, self.run_seconds = deadline_seconds, run_seconds
 
     async def pipeline(self, plan: Plan, stream: ClientStream, version: int) -> Answer:
         """Run a pipeline. Raises errors of our tree for what ends the whole request."""
-        sent = await self._run(plan, stream, Verb.PIPELINE, version, _send_pipeline)
+        sent = await self._run(plan, stream, Form(Verb.PIPELINE, version, send_pipeline), done_pipeline)
         reply = sent.answer
         self.settle(plan, sent.backend, reply.position)
         return Answer(sent.backend, sent.connection, reply)
 
     async def cursor(self, plan: Plan, stream: ClientStream, verb: Verb = Verb.CURSOR) -> CursorAnswer:
         """Begin a cursor, or a dump. Its end must be given to `settle` too."""
-        sent = await self._run(plan, stream, verb, 3, _send_cursor)
+        sent = await self._run(plan, stream, Form(verb, 3, send_cursor), done_cursor)
         cursor = sent.answer.cursor
         self.settle(plan, sent.backend, cursor.position)  # its first rows may be seen long before its end
         return CursorAnswer(sent.backend, sent.connection, sent.answer.first, cursor)
@@ -190,143 +162,94 @@ class Dispatcher:
         except (LinkLost, Overloaded, TimeoutError):
             return
 
-    # --- choosing and trying --------------------------------------------------------------------------------------
-
-    async def _run(
-        self,
-        plan: Plan,
-        stream: ClientStream,
-        verb: Verb,
-        version: int,
-        send: Callable[[LinkConnection, Request], Awaitable[A]],
-    ) -> _Sent[A]:
+    async def _run(self, plan: Plan, stream: ClientStream, form: Form[A], build: Build[A]) -> Sent[A]:
         if stream.pin is not None:
-            return await self._on_pin(plan, stream, stream.pin, verb, version, send)
-        return await _Attempts(self, plan, stream, verb, version, send).run()
+            return await self._on_pin(plan, stream, stream.pin, form, build)
+        until = asyncio.get_running_loop().time() + self.deadline_seconds
+        settings = plan.settings
+        reading = plan.need is Need.READ and not self.verdicts.is_write(plan.texts, until - self.deadline_seconds)
+        floor = NO_POSITION
+        if reading or settings.floor is not None or settings.level is Level.LINEARIZABLE:
+            floor = await self.freshness.floor(settings, until)
+        if reading:
+            sent = await _Read(self, plan, form, floor, until).run()
+            if sent is not None:
+                return sent
+        return await self.writes.run(plan, stream, form, build, floor=floor)
 
-    async def _on_pin(
-        self,
-        plan: Plan,
-        stream: ClientStream,
-        pin: Pin,
-        verb: Verb,
-        version: int,
-        send: Callable[[LinkConnection, Request], Awaitable[A]],
-    ) -> _Sent[A]:
+    async def _on_pin(self, plan: Plan, stream: ClientStream, pin: Pin, form: Form[A], build: Build[A]) -> Sent[A]:
         backend = self.backends.get(pin.node)
         connection = None if backend is None else backend.connection
         if backend is None or connection is None or backend.generation != pin.connection:
             raise stream_expired()
         if stream.autocommit:
-            until = asyncio.get_running_loop().time() + self._deadline_seconds
+            until = asyncio.get_running_loop().time() + self.deadline_seconds
             floor = await self.freshness.floor(plan.settings, until)
         else:  # the transaction was as fresh as asked for when it began; its snapshot stays what it is
             floor = self.floors.needed(plan.settings)
-        request = self.request(
+        may_commit = (stream.autocommit or plan.commits) and backend.role is Role.LEADER
+        attempt = self.writes.attempt(backend) if may_commit else None
+        request = request_of(
             connection,
             plan,
-            verb,
-            version,
+            form,
             flags=RequestFlags.KEEP if plan.keep else RequestFlags.NONE,
             stream=pin.stream,
             floor=floor,
             wait_ms=PINNED_WAIT_MS,
+            attempt=attempt,
         )
         try:
-            answer = await self.timed(send(connection, request))
+            answer = await self.timed(form.send(connection, request))
         except LinkLost as lost:
-            if lost.sent and (stream.autocommit or plan.commits):
-                raise _outcome_unknown(backend.name, lost) from lost
-            raise TransactionTimeout(
-                f"{lost}; the open transaction was on that node and is rolled back. Begin it again"
-            ) from lost
+            if not lost.sent or attempt is None:
+                raise _rolled_back(lost) from lost
+            return await self._committed(plan, stream, form, build, replace(attempt, why=str(lost)))
         except TimeoutError as error:
-            raise _outcome_unknown(backend.name, error) from error
-        except _Refused as refused:
+            if attempt is None:
+                raise Unavailable(f"node {backend.name} ran this request for too long. Begin again") from error
+            raise outcome_unknown(attempt) from error
+        except Refused as refused:
             if plan.read_only and refused.refusal.reason is Reason.NOT_READ_ONLY:
                 raise may_not_write() from None
+            if attempt is not None and refused.refusal.reason is Reason.OUTCOME_UNKNOWN:
+                return await self._committed(plan, stream, form, build, replace(attempt, why=refused.refusal.message))
             raise error_of(refused.refusal) from None
-        return _Sent(backend, pin.connection, answer)
+        return Sent(backend, pin.connection, answer)
 
-    def request(
-        self,
-        connection: LinkConnection,
-        plan: Plan,
-        verb: Verb,
-        version: int,
-        *,
-        flags: RequestFlags = RequestFlags.NONE,
-        stream: int = 0,
-        floor: Position = NO_POSITION,
-        min_term: int = 0,
-        wait_ms: int = 0,
-    ) -> Request:
-        settings = plan.settings
-        if plan.read_only:
-            flags |= RequestFlags.READ_ONLY
-        return Request(
-            connection.next_id(),
-            verb,
-            plan.body,
-            version,
-            flags,
-            _LEVELS[settings.level],
-            stream,
-            floor,
-            min_term,
-            wait_ms,
-            -1 if settings.ack is None else settings.ack,
-        )
+    async def _committed(
+        self, plan: Plan, stream: ClientStream, form: Form[A], build: Build[A], lost: Attempt
+    ) -> Sent[A]:
+        """What a pinned stream's lost request came to, as its node is gone."""
+        if stream.has_state:  # its settings are gone whatever it committed, and that must be told (R21)
+            plan = replace(plan, results=None)
+        try:
+            return await self.writes.settle(plan, stream, form, build, lost)
+        except NotDone as error:
+            raise _rolled_back(error) from error
 
     async def timed(self, answer: Awaitable[A]) -> A:
-        async with asyncio.timeout(self._run_seconds):
+        async with asyncio.timeout(self.run_seconds):
             return await answer
 
-    @property
-    def wait_ms(self) -> int:
-        return self._wait_ms
 
-    @property
-    def rng(self) -> random.Random:
-        return self._rng
+class _Read(Generic[A]):
+    """The attempts of one read that is bound to no node, until one succeeds or the deadline has passed."""
 
-    @property
-    def deadline_seconds(self) -> float:
-        return self._deadline_seconds
-
-
-class _Attempts(Generic[A]):
-    """The attempts of one request that is bound to no node, until one succeeds or the deadline has passed."""
-
-    def __init__(
-        self,
-        owner: Dispatcher,
-        plan: Plan,
-        stream: ClientStream,
-        verb: Verb,
-        version: int,
-        send: Callable[[LinkConnection, Request], Awaitable[A]],
-    ) -> None:
-        self._owner, self._plan, self._verb, self._version, self._send = owner, plan, verb, version, send
-        self._stream = stream
+    def __init__(self, owner: Dispatcher, plan: Plan, form: Form[A], floor: Position, until: float) -> None:
+        self._owner, self._plan, self._form, self._floor, self._until = owner, plan, form, floor, until
         self._loop = asyncio.get_running_loop()
-        self._until = self._loop.time() + owner.deadline_seconds
-        self._floor = NO_POSITION
         self._tried: set[str] = set()
         self._may_wait = True
+        self._writes = False
         self._last: WalshipError | None = None
-        self._need = plan.need
-        if plan.need is Need.READ and owner.verdicts.is_write(plan.texts, self._loop.time()):
-            self._need = Need.LEADER
 
-    async def run(self) -> _Sent[A]:
+    async def run(self) -> Sent[A] | None:
+        """The answer, or None when SQLite says that it is no read: then only a leader may run it."""
         owner = self._owner
-        settings = self._plan.settings
-        if self._need is Need.READ or settings.floor is not None or settings.level is Level.LINEARIZABLE:
-            self._floor = await owner.freshness.floor(settings, self._until)
-        while True:
+        while not self._writes:
             decision = decide(
-                self._need,
+                Need.READ,
                 self._floor,
                 owner.backends,
                 owner.floors.history,
@@ -344,6 +267,7 @@ class _Attempts(Generic[A]):
                 owner.metrics.waits.labels("failed" if sent is None else "reached").inc()
             if sent is not None:
                 return sent
+        return None
 
     async def _wait_for_news(self) -> None:
         left = self._until - self._loop.time()
@@ -355,73 +279,35 @@ class _Attempts(Generic[A]):
 
     async def _attempt(
         self, backend: Backend, connection: LinkConnection, *, wait_ms: int, covered: bool
-    ) -> _Sent[A] | None:
+    ) -> Sent[A] | None:
         """One attempt; None when another one is right."""
-        reading = self._need is Need.READ
-        request = self._owner.request(
-            connection,
-            self._plan,
-            self._verb,
-            self._version,
-            flags=self._flags(),
-            stream=self._kept(backend),
-            floor=self._floor,
-            min_term=0 if reading else self._owner.floors.term,
-            wait_ms=wait_ms,
+        request = request_of(
+            connection, self._plan, self._form, flags=RequestFlags.READ_ONLY, floor=self._floor, wait_ms=wait_ms
         )
         started, generation = self._loop.time(), backend.generation
         try:
-            answer = await self._owner.timed(self._send(connection, request))
-        except LinkLost as lost:
-            if lost.sent and not reading:
-                raise _outcome_unknown(backend.name, lost) from lost
-            self._again(backend, lost)
-            return None
-        except Overloaded as error:
-            if not reading:
-                raise
+            answer = await self._owner.timed(self._form.send(connection, request))
+        except (LinkLost, Overloaded) as error:
             self._again(backend, error)
             return None
         except TimeoutError as error:
-            if not reading:
-                raise _outcome_unknown(backend.name, error) from error
             raise Unavailable(f"node {backend.name} ran this read for too long; nothing was changed") from error
-        except _Refused as refused:
-            self._refused(backend, refused.refusal, request)
+        except Refused as refused:
+            self._refused(backend, refused.refusal)
             return None
         if covered:
             now = self._loop.time()
             backend.latency.observe(now - started, now)
-        if reading:
-            backend.reads += 1
-        return _Sent(backend, generation, answer)
+        backend.reads += 1
+        return Sent(backend, generation, answer)
 
-    def _flags(self) -> RequestFlags:
-        if self._need is Need.READ:
-            return RequestFlags.READ_ONLY
-        return RequestFlags.KEEP if self._plan.keep or self._stream.kept is not None else RequestFlags.NONE
-
-    def _kept(self, backend: Backend) -> int:
-        """The leader's record of this stream, 0 when there is none over the present connection."""
-        kept = self._stream.kept
-        if self._need is Need.READ or kept is None:
-            return 0
-        return kept.stream if (kept.node, kept.connection) == (backend.name, backend.generation) else 0
-
-    def _refused(self, backend: Backend, refusal: Refusal, request: Request) -> None:
-        reading = self._need is Need.READ
-        if request.stream and (refusal.code == STREAM_EXPIRED or refusal.message == CLOSED):
-            self._stream.kept = None  # the leader forgot its record of the stream before it ran anything
-            return
-        if refusal.reason not in (_READ_ELSEWHERE if reading else _ELSEWHERE):
+    def _refused(self, backend: Backend, refusal: Refusal) -> None:
+        if refusal.reason not in _ELSEWHERE:
             raise error_of(refusal) from None
-        if refusal.reason is Reason.NOT_READ_ONLY and not reading and self._plan.read_only:
-            raise may_not_write() from None
-        if refusal.reason is Reason.NOT_READ_ONLY and reading:
+        if refusal.reason is Reason.NOT_READ_ONLY:
             if self._plan.texts:
                 self._owner.verdicts.note_write(self._plan.texts, self._loop.time())
-            self._need = Need.LEADER
-            self._tried.clear()
+            self._writes = True
             self._owner.metrics.retries.labels(NotReadOnly.code).inc()
             return
         if refusal.reason is Reason.BEHIND:
@@ -437,37 +323,11 @@ class _Attempts(Generic[A]):
         seconds = f"{self._owner.deadline_seconds:g} s"
         if isinstance(self._last, Behind):
             raise Behind(f"no node reached the position {self._floor} within {seconds}: {self._last}") from self._last
-        if isinstance(self._last, NotDone) and not isinstance(self._last, Behind):
+        if isinstance(self._last, NotDone):
             raise self._last
         why = "" if self._last is None else f" ({self._last})"
-        if self._need is Need.LEADER:
-            raise Unavailable(
-                f"no leader could be reached within {seconds}{why}. Nothing was changed by this request; send it again"
-            )
         raise Unavailable(f"no node could serve this read within {seconds}{why}. Nothing was changed")
 
 
-async def _send_pipeline(connection: LinkConnection, request: Request) -> Reply:
-    answer = await connection.request(request)
-    if isinstance(answer, Refusal):
-        raise _Refused(answer)
-    return answer
-
-
-async def _send_cursor(connection: LinkConnection, request: Request) -> _Started:
-    cursor = connection.cursor(request)
-    try:
-        first = await cursor.chunk()
-    except BaseException:
-        cursor.abandon()
-        raise
-    if first is None and isinstance(cursor.end, Refusal):
-        raise _Refused(cursor.end)
-    return _Started(first or b"", cursor)
-
-
-def _outcome_unknown(node: str, cause: Exception) -> OutcomeUnknown:
-    why = str(cause) or "no answer came in time"
-    return OutcomeUnknown(
-        f"{why}, after the request was sent to {node}. It may or may not be done: look before sending it again"
-    )
+def _rolled_back(cause: Exception) -> TransactionTimeout:
+    return TransactionTimeout(f"{cause}; the open transaction was on that node and is rolled back. Begin it again")

@@ -187,7 +187,7 @@ class Freshness:
             Verb.READ_INDEX,
             b"",
             level=level,
-            min_term=self._floors.term,
+            min_term=self._backends.highest_term,
             wait_ms=int(PROOF_SECONDS * 1000),
         )
         outcome = "failed"

@@ -31,11 +31,12 @@ from walship.formats.link import (
     Status,
 )
 
-__all__ = ["Cursor", "LinkConnection", "LinkLost"]
+__all__ = ["RELAY_PATH", "Cursor", "LinkConnection", "LinkLost"]
 
 log = logging.getLogger("walship.proxy.link")
 
 UPGRADE_PATH = "/walship/link"
+RELAY_PATH = "/walship/relay"
 MAX_IN_FLIGHT = 1024
 """Requests under way on one link; more are refused before they are sent. 64 KB bodies make that 64 MB at most."""
 
@@ -53,7 +54,7 @@ class LinkLost(Unavailable):
 
 
 class Cursor:
-    """The answer to one CURSOR request as it comes in: `chunk()` until `end` is there.
+    """The answer to one CURSOR request as it comes in: `chunk()` until `end` is there. `id` is the request's.
 
     At most `CURSOR_WINDOW` bytes wait here: the node goes on only after what was taken is granted again.
     """
@@ -63,15 +64,15 @@ class Cursor:
         "_chunks",
         "_connection",
         "_failure",
-        "_id",
         "_taken_bytes",
         "_waiter",
         "end",
+        "id",
         "position",
     )
 
     def __init__(self, connection: LinkConnection, id: int) -> None:
-        self._connection, self._id = connection, id
+        self._connection, self.id = connection, id
         self._chunks: deque[bytes] = deque()
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -95,7 +96,7 @@ class Cursor:
         data = self._chunks.popleft()
         self._taken_bytes += len(data)
         if self._taken_bytes >= GRANT_BYTES and self.end is None:
-            self._connection.grant(self._id, self._taken_bytes)
+            self._connection.grant(self.id, self._taken_bytes)
             self._taken_bytes = 0
         return data
 
@@ -110,7 +111,7 @@ class Cursor:
         size = self._taken_bytes + sum(map(len, self._chunks))
         self._chunks.clear()
         if size and self.end is None:
-            self._connection.grant(self._id, size)
+            self._connection.grant(self.id, size)
 
     def feed(self, message: CursorHead | Chunk | CursorEnd | Refusal | Exception) -> None:
         """Called by the connection."""
@@ -119,7 +120,7 @@ class Cursor:
             return
         if isinstance(message, Chunk):
             if self._abandoned:
-                self._connection.grant(self._id, len(message.data))
+                self._connection.grant(self.id, len(message.data))
             else:
                 self._chunks.append(message.data)
         elif isinstance(message, Exception):
@@ -134,7 +135,8 @@ class LinkConnection(asyncio.Protocol):
     """One connection, from its upgrade to its end.
 
     Args: `on_status`, called for each STATUS; `on_end`, called once with a sentence when the connection is gone;
-    `credential`, what the node asks of whoever links, empty when it asks nothing.
+    `credential`, what the node asks of whoever links, empty when it asks nothing; `path`, `RELAY_PATH` when the other
+    end is a follower that passes everything on to the leader.
     """
 
     def __init__(
@@ -145,8 +147,9 @@ class LinkConnection(asyncio.Protocol):
         on_status: Callable[[Status], None],
         on_end: Callable[[str], None],
         credential: str = "",
+        path: str = UPGRADE_PATH,
     ) -> None:
-        self._host, self._name, self._credential = host, name, credential
+        self._host, self._name, self._credential, self._path = host, name, credential, path
         self._on_status, self._on_end = on_status, on_end
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -161,6 +164,7 @@ class LinkConnection(asyncio.Protocol):
         self._paused = False
         self.upgraded = False
         self.closed = False
+        self.statuses = 0  # how many came
         self.last_heard = self._loop.time()
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ class LinkConnection(asyncio.Protocol):
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         shown = f"authorization: Walship {self._credential}\r\n" if self._credential else ""
         transport.write(
-            f"GET {UPGRADE_PATH} HTTP/1.1\r\nhost: {self._host}\r\n{shown}"
+            f"GET {self._path} HTTP/1.1\r\nhost: {self._host}\r\n{shown}"
             "connection: upgrade\r\nupgrade: walship-link\r\n\r\n".encode()
         )
 
@@ -292,6 +296,7 @@ class LinkConnection(asyncio.Protocol):
 
     def _deliver(self, message: object) -> None:
         if isinstance(message, Status):
+            self.statuses += 1
             self._on_status(message)
         elif isinstance(message, Reply | Refusal | Chunk | CursorEnd | CursorHead):
             waiter = self._waiting.get(message.id)

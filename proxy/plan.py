@@ -27,6 +27,7 @@ from walship.hrana.types import (
     CursorBody,
     DescribeRequest,
     ExecuteRequest,
+    GetAutocommitRequest,
     PipelineBody,
     SequenceRequest,
     Stmt,
@@ -59,6 +60,8 @@ class Plan:
         settings: the stream's settings afterwards, and for this request.
         keep: ask the leader to remember the stream, although it has no state.
         read_only: the client's token only reads; wherever it runs, nothing of it may write.
+        results: the kinds of its requests if one of them is one statement and the others run nothing, so that its
+            answer can be made from what a commit token knows; else None.
     """
 
     need: Need
@@ -72,6 +75,7 @@ class Plan:
     settings: Settings
     keep: bool = False
     read_only: bool = False
+    results: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ def plan_pipeline(
     requests = [walk.request(request) for request in pipeline.requests]
     if walk.changed:
         body = msgspec.json.encode(PipelineBody(requests))
-    return walk.plan(body)
+    return walk.plan(body, _results_of(pipeline))
 
 
 def plan_cursor(
@@ -115,7 +119,24 @@ def plan_cursor(
     batch = walk.batch(cursor.batch)
     if walk.changed:
         body = msgspec.json.encode(CursorBody(batch))
-    return walk.plan(body)
+    return walk.plan(body, ("cursor",) if _is_one_statement(cursor.batch) else None)
+
+
+_RUN_NOTHING = (CloseRequest, StoreSqlRequest, CloseSqlRequest, GetAutocommitRequest)
+
+
+def _results_of(pipeline: PipelineBody) -> tuple[str, ...] | None:
+    running = [request for request in pipeline.requests if not isinstance(request, _RUN_NOTHING)]
+    if len(running) != 1:
+        return None
+    only = running[0]
+    if not isinstance(only, ExecuteRequest) and not (isinstance(only, BatchRequest) and _is_one_statement(only.batch)):
+        return None
+    return tuple(str(request.__struct_config__.tag) for request in pipeline.requests)
+
+
+def _is_one_statement(batch: Batch) -> bool:
+    return len(batch.steps) == 1 and batch.steps[0].condition is None
 
 
 class _Walk:
@@ -133,7 +154,7 @@ class _Walk:
         self._read_only = False  # the request has said BEGIN READONLY
         self._closes = self._opens = self._commits = self._makes_state = False
 
-    def plan(self, body: bytes) -> Plan:
+    def plan(self, body: bytes, results: tuple[str, ...] | None) -> Plan:
         texts = tuple(self._texts) if self._need is Need.READ else ()
         stored = self._stored if self._own is None else self._own
         return Plan(
@@ -146,6 +167,7 @@ class _Walk:
             self._makes_state,
             stored,
             self.settings,
+            results=results,
         )
 
     def request(self, request: StreamRequest) -> StreamRequest:

@@ -65,7 +65,8 @@ class Held(RuleBasedStateMachine):
         self.out.remove(ticket)
         until = ticket.until
         self.buffer.back(ticket)
-        assert ticket.until == until and not ticket.out
+        assert ticket.until == until
+        assert not ticket.out
 
     @precondition(lambda self: self.inside)
     @rule(data=st.data(), done=st.booleans())
@@ -96,7 +97,8 @@ def test_the_ramp_begins_at_one_and_doubles_with_each_that_is_done() -> None:
         buffer.enter(0.0, 1)
     assert buffer.release(0.0) == [], "nobody goes without a leader"
     buffer.open(1.0)
-    out, seen = list(buffer.release(1.0)), []
+    out = list(buffer.release(1.0))
+    seen: list[int] = []
     while len(seen) < 6:
         seen.append(len(out))
         buffer.leave(out.pop(0), done=True)
@@ -145,11 +147,13 @@ async def test_held_requests_go_in_order_when_a_leader_comes() -> None:
             tasks.create_task(write(number))
         await asyncio.sleep(0)
         hold.look()
-        assert not order and hold.busy
+        assert not order
+        assert hold.busy
         leads.now = True
         hold.look()
     assert order == list(range(50))
-    assert len(hold.buffer) == 0 and not hold.busy
+    assert len(hold.buffer) == 0
+    assert not hold.busy
 
 
 async def test_a_window_ends_also_after_many_refusals() -> None:
