@@ -51,16 +51,20 @@ class Batch:
 class Applier:
     """Appends batches to one follower's -wal. Used from one thread only.
 
-    on_foreign: called with the wal-index as we left it and as it is, before CorruptDatabase says that somebody wrote.
+    on_foreign: called with the wal-index as we left it and as it is, when they say that somebody wrote; False when that
+    changed nothing, True to have CorruptDatabase raised.
+    on_generation: called when a generation of the -wal begins, its header being durable, before its first frame.
     """
 
     def __init__(
         self,
         database: Database,
-        on_foreign: Callable[[WalIndexHeader, WalIndexHeader], None] = lambda _left, _found: None,
+        on_foreign: Callable[[WalIndexHeader, WalIndexHeader], bool] = lambda _left, _found: True,
+        on_generation: Callable[[WalHeader], None] = lambda _header: None,
     ) -> None:
         self._database = database
         self._on_foreign = on_foreign
+        self._on_generation = on_generation
         self._left: WalIndexHeader = database.left or database.index.header()
 
     def hold(self) -> bool:
@@ -128,14 +132,14 @@ class Applier:
         # SQLite's recovery sets iChange to 0 and keeps the frames (engine.md T8).
         emptied = header.change == left.change and header.mx_frame == 0
         recovered = header == dataclasses.replace(left, change=0)
-        if not emptied and not recovered:
-            self._on_foreign(left, header)
+        if not emptied and not recovered and self._on_foreign(left, header):
             self._database.left = None  # found; what comes next replaces the copy
             raise CorruptDatabase(
                 f"{self._database.path}: somebody else wrote to this follower's file "
                 f"(wal-index change counter {header.change}, ours was {left.change}). "
                 "Replicated history is intact; the node re-seeds its file from the leader."
             )
+        self._left = header
         self._database.index.forget_slots()
 
     def _check_growth(self, header: WalIndexHeader, batch: Batch) -> None:
@@ -165,6 +169,7 @@ class Applier:
         _write(fd, wal_header.to_bytes(), 0, self._database)
         # SQLite syncs here too: a header that is lost after its frames were backfilled would hide them (engine.md 9).
         self._database.sync_wal()
+        self._on_generation(wal_header)
         return dataclasses.replace(
             header,
             salts=salts,

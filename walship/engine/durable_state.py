@@ -80,7 +80,8 @@ class DurableState:
     base, next_base: what txids of the -wal are counted from; `next_base` is the txid at which the next generation,
         whose salts nobody has seen yet, will start (R7).
     next_base_file: the database file when it held everything up to `next_base`. Another stamp means that somebody has
-        copied frames into it since; then no generation can be said to be the next one.
+        copied frames into it since; then no generation can be said to be the next one. While truth is `log` the same
+        three say what a follower left in its -wal, so that what others wrote to it is found (R10).
     mark: everything up to here is durable in database file and -wal, and the saved checksum array is of it (R8).
     rewinding, installing: a rewind or a snapshot install that has begun and is to be finished at start (R9, R12).
     """
@@ -181,6 +182,10 @@ class StateFile:
         with suppress(FileNotFoundError):
             (directory / _TEMPORARY).unlink()  # of a process that died before its rename; it never counted
         return cls(directory, state)
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
     @property
     def state(self) -> DurableState:

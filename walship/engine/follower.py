@@ -24,6 +24,7 @@ from typing import Any
 from walship.engine.checkpoint import CheckpointTally
 from walship.engine.database import Database
 from walship.engine.durable_state import StateFile, Truth
+from walship.engine.foreign import Foreign, keep, left
 from walship.engine.intake import Intake
 from walship.engine.log import Log, LogLimits
 from walship.engine.marks import Marks
@@ -338,6 +339,8 @@ class Follower:
         tip = replica.log.tip.position
         for term, start in replica.log.terms().starts():
             marks.add_term(term, start)
+        if self._state.state.truth is Truth.LOG and replica.database.left is None:
+            replica.marks.note(**left(replica.database, tip.txid))
         marks.publishing = tip
         marks.applied = tip
         marks.logged = tip
@@ -348,6 +351,7 @@ class Follower:
             marks,
             bound=self._bound,
             on_failure=lambda error: self._from_thread(self._thread_failed, error),
+            on_foreign=self._keep_foreign,
             checkpoints=self.checkpoints,
         )
         self._intake = Intake(
@@ -357,6 +361,10 @@ class Follower:
             on_sync=self._on_sync,
         )
         self._replayer.start()
+
+    def _keep_foreign(self, foreign: Foreign) -> None:
+        """Replayer thread."""
+        keep(foreign, self._directory, cluster=self._cluster, node=self._state.state.name)
 
     def _bound(self) -> Position:
         """Replayer thread: how far may be applied. Only what is durable here, so that the log is never behind the

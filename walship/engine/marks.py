@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from walship.engine import failpoints
 from walship.engine.durable_state import StateFile
@@ -55,6 +56,10 @@ class Marks:
     def appended(self, size_bytes: int) -> None:
         """Count log bytes since the last mark."""
         self._bytes_since += size_bytes
+
+    def note(self, **facts: Any) -> None:
+        """Make other fields of the state record durable: where the -wal is counted from. Raises StorageFailed."""
+        self._state.update(**facts)
 
     def due(self) -> bool:
         return self._bytes_since >= self._every_bytes

@@ -16,6 +16,8 @@ from typing import Any
 
 from walship.engine.apply import Applier
 from walship.engine.checkpoint import CheckpointPolicy, CheckpointTally, Step, empty, passive
+from walship.engine.durable_state import FileStamp, WalBase
+from walship.engine.foreign import Foreign, found_live, left
 from walship.engine.log import FrameRef
 from walship.engine.replay import merge_frames
 from walship.engine.replica import Replica
@@ -23,7 +25,8 @@ from walship.engine.watermarks import Watermarks
 from walship.errors import CorruptDatabase, Draining, Unavailable
 from walship.formats.checksum import page_checksum
 from walship.formats.position import Position, Tip
-from walship.formats.wal import FRAME_HEADER_SIZE
+from walship.formats.wal import FRAME_HEADER_SIZE, WalHeader
+from walship.formats.wal_index import WalIndexHeader
 
 __all__ = ["Replayer"]
 
@@ -41,6 +44,7 @@ class Replayer:
     """Applies frames of `replica.log` up to `bound()`; used by `Follower`.
 
     on_failure: called once, with what made the thread end. checkpoints: where attempts to empty the -wal are counted.
+    on_foreign: called in the thread with commits of other programs, before they are that failure; raises StorageFailed.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Replayer:
         *,
         bound: Callable[[], Position],
         on_failure: Callable[[BaseException], None],
+        on_foreign: Callable[[Foreign], None] = lambda _foreign: None,
         checkpoints: CheckpointTally | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -58,7 +63,8 @@ class Replayer:
         self._bound = bound
         self._on_failure = on_failure
         self._clock = clock
-        self._applier = Applier(replica.database)
+        self._on_foreign = on_foreign
+        self._applier = Applier(replica.database, self._find_foreign, self._generation_begins)
         self._checkpointer = replica.database.connect_writer()
         self._policy = CheckpointPolicy()
         self._checkpoints = checkpoints or CheckpointTally()
@@ -133,6 +139,7 @@ class Replayer:
     def mark(self) -> None:
         """Make everything applied durable in the database and its -wal, and remember it (R8)."""
         self._replica.database.sync_wal()
+        self._replica.marks.note(**left(self._replica.database, self.applied.position.txid))
         self._replica.marks.save(self.applied, self._replica.checksums)
 
     def _main(self) -> None:
@@ -256,7 +263,25 @@ class Replayer:
         database = self._replica.database
         if not database.fence.take():
             return False
-        emptied = empty(database, self._checkpointer, wait_seconds)
+        emptied = empty(database, self._checkpointer, wait_seconds, self._let_go)
         if emptied:
             self._applier.accept_emptied()
         return emptied
+
+    def _let_go(self) -> None:
+        """Everything is in the database file: what it looks like, should nobody write to it any more."""
+        stamp = FileStamp.of(self._replica.database.file_fd)
+        self._replica.marks.note(next_base=self.applied.position.txid, next_base_file=stamp)
+
+    def _generation_begins(self, header: WalHeader) -> None:
+        base = WalBase(self.applied.position.txid, header.salts, 0, header.checksum)
+        self._replica.marks.note(base=base, next_base=None, next_base_file=None)
+
+    def _find_foreign(self, before: WalIndexHeader, header: WalIndexHeader) -> bool:
+        replica = self._replica
+        foreign = found_live(replica.database, before, header, replica.checksums, self.applied)
+        if foreign is None:
+            return False
+        self._on_foreign(foreign)
+        replica.checksums = foreign.checksums  # of what is in the file, which is what a seed must mend
+        return True

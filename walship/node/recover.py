@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from pathlib import Path
 
 from walship.engine.apply import Applier
 from walship.engine.capture import Capture, WalPoint
 from walship.engine.database import Database
 from walship.engine.durable_state import DurableState, FileStamp, StateFile, Truth, WalBase
+from walship.engine.foreign import checksum_at, found_at_start, keep
 from walship.engine.leader import log_captured
 from walship.engine.log import Log, LogLimits
 from walship.engine.marks import Marks
@@ -38,7 +38,6 @@ from walship.errors import CorruptData, CorruptDatabase, CorruptLog, CorruptWal,
 from walship.formats.checksum import PageChecksums, page_checksum
 from walship.formats.frame import FrameFlags
 from walship.formats.position import Position, Tip
-from walship.formats.wal import WAL_HEADER_SIZE, WalFrameHeader, WalHeader, frame_offset
 
 __all__ = ["FIRST_POSITION", "found_database", "point_of", "recover"]
 
@@ -122,12 +121,28 @@ def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
         if state.state.truth is Truth.WAL:
             replica = _open_truth_wal(state.state, database, log, marks, checksums, cluster)
         else:
+            if checksums is not None:
+                _refuse_foreign(state, database, log, mark, checksums, cluster)
             replica = _open_truth_log(database, log, marks, mark, checksums)
         marks.attach(log)
     except BaseException:
         database.close()
         raise
     return replica
+
+
+def _refuse_foreign(
+    state: StateFile, database: Database, log: Log, mark: Tip, checksums: PageChecksums, cluster: bytes
+) -> None:
+    """What other programs committed while this node was down is kept (R10). Raises CorruptDatabase then."""
+    foreign = found_at_start(database, log, state.state, mark, checksums)
+    if foreign is None:
+        return
+    kept = keep(foreign, state.directory, cluster=cluster, node=state.state.name)
+    raise CorruptDatabase(
+        f"{database.path}: other programs wrote to this follower's file while it was down. What they wrote is kept as "
+        f"orphan {kept.name}; the file is replaced by the leader's"
+    )
 
 
 def _open_truth_log(database: Database, log: Log, marks: Marks, mark: Tip, checksums: PageChecksums | None) -> Replica:
@@ -243,19 +258,13 @@ def _count_from(state: DurableState, database: Database, tip_txid: int) -> tuple
     header = database.index.header()
     base = state.base
     if base is not None and header.mx_frame and header.salts == base.salts:
-        if header.mx_frame >= base.frame and _checksum_at(database, base.frame) == base.frame_checksum:
+        if header.mx_frame >= base.frame and checksum_at(database, base.frame) == base.frame_checksum:
             return WalPoint(base.salts, base.frame, base.frame_checksum), base.txid
         return None
     # Empty, or a generation that nobody saw begin. It is the next one only if the file is as it was left: any process
     # that closes last, or checkpoints, copies frames into it and may delete or reset the -wal that held them.
     untouched = state.next_base_file == FileStamp.of(database.file_fd)
     return (None, tip_txid) if state.next_base == tip_txid and untouched else None
-
-
-def _checksum_at(database: Database, frame: int) -> tuple[int, int]:
-    if frame == 0:
-        return WalHeader.parse(os.pread(database.wal_fd, WAL_HEADER_SIZE, 0)).checksum
-    return WalFrameHeader.parse(os.pread(database.wal_fd, 24, frame_offset(frame, database.page_size))).checksum
 
 
 def _compare(database: Database, log: Log, checksums: PageChecksums | None, pinned: Snapshot) -> list[int]:
