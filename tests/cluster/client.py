@@ -53,8 +53,9 @@ class Result:
 class Client:
     """One client. Not thread-safe: give each thread its own."""
 
-    def __init__(self, url: str, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, token: str | None = None) -> None:
         parts = urlsplit(url)
+        self._headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_seconds)
         self.baton: str | None = None
 
@@ -124,7 +125,7 @@ class Client:
             connection.close()
             raise NoReply(error, sent=False) from error
         try:
-            connection.request(method, path, body)
+            connection.request(method, path, body, self._headers)
             response = connection.getresponse()
             data = response.read()
         except (OSError, http.client.HTTPException) as error:
