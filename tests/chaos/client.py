@@ -15,15 +15,16 @@ from urllib.parse import urlsplit
 
 from tests.chaos.checkers.sets import Outcome
 
-__all__ = ["Pool", "Reply", "batch", "execute"]
+__all__ = ["Pool", "Reply", "batch", "execute", "rows"]
 
 LIMIT_BYTES = 8 << 20
+DONE = "COMMITTED_RESULT_LOST"  # what the statement gave is lost, the write is not
 PERHAPS_DONE = frozenset({"WALSHIP_OUTCOME_UNKNOWN", "WALSHIP_STORAGE"})  # docs/errors.md; all other codes promise "no"
 
 
 @dataclass(slots=True)
 class Reply:
-    """What a client was told. `code` is empty iff all went well; `results` are the decoded Hrana results."""
+    """What a client was told. `code` is empty iff all went well. `results` are the decoded Hrana results."""
 
     outcome: Outcome
     code: str = ""
@@ -144,7 +145,10 @@ def _take_batch(reply: Reply, result: dict[str, Any]) -> None:
 
 def _refuse(reply: Reply, error: dict[str, Any]) -> None:
     reply.code, reply.message = error.get("code") or "?", error.get("message") or ""
-    reply.outcome = Outcome.UNKNOWN if reply.code in PERHAPS_DONE else Outcome.NOT_DONE
+    if reply.code == DONE:
+        reply.outcome = Outcome.OK
+    else:
+        reply.outcome = Outcome.UNKNOWN if reply.code in PERHAPS_DONE else Outcome.NOT_DONE
 
 
 def _error_of(status: int, data: bytes) -> dict[str, Any]:
