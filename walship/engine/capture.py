@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,17 +45,26 @@ class Captured:
     """A run of whole commits.
 
     since: where the run starts; a frame of 0 means that it opens a generation.
-    until: where it ends.   commits: how many SQLite commits it holds.   commit: database size in pages afterwards.
+    until: where it ends.   commit_frames: the last frame of each SQLite commit.   commit: database size in pages
+    afterwards.
     newest: page number -> number of the newest frame of the run that holds it, for pages up to `commit`.
     """
 
     database: Database
     since: WalPoint
     until: WalPoint
-    commits: int
+    commit_frames: array[int]
     commit: int
     newest: dict[int, int]
     data: bytes | None
+
+    @property
+    def commits(self) -> int:
+        return len(self.commit_frames)
+
+    def commits_until(self, frame: int) -> int:
+        """How many of the commits end at or before `frame`."""
+        return bisect_right(self.commit_frames, frame)
 
     @property
     def salts(self) -> tuple[int, int]:
@@ -123,7 +133,7 @@ class Capture:
         step = FRAME_HEADER_SIZE + page_size
         total = (header.mx_frame - since.frame) * step
         offset = frame_offset(since.frame + 1, page_size)
-        frame, commits, commit = since.frame, 0, 0
+        frame, commits, commit = since.frame, array("Q"), 0
         newest: dict[int, int] = {}
         data: bytes | None = None
         checksum = since.checksum
@@ -142,7 +152,7 @@ class Capture:
                     )
                 newest[pgno] = frame
                 if frame_commit:
-                    commits += 1
+                    commits.append(frame)
                     commit = frame_commit
                     checksum = (sum1, sum2)
                     if one_commit:

@@ -23,6 +23,7 @@ from typing import Protocol
 import apsw
 
 from walship.engine import failpoints
+from walship.engine.attempts import Pending
 from walship.engine.capture import Capture, Captured, WalPoint
 from walship.engine.checkpoint import CheckpointTally, empty, passive, restart, truncate
 from walship.engine.database import Database
@@ -127,6 +128,7 @@ class Leader:
         self._capture = Capture(database, at)
         self._checkpointer = database.connect_writer()
         self._guard = Guard(database)
+        self.pending = Pending()
         self._attempt_after_bytes = 0
         self._held_back_since: float | None = None
         self.group_frames = 0
@@ -136,8 +138,9 @@ class Leader:
     def tip(self) -> Tip:
         return self.log.tip
 
-    def commit_group(self, tokens: tuple[CommitToken, ...] = ()) -> Tip:
-        """Make every commit in the -wal durable and part of the log, as one frame. Returns the tip.
+    def commit_group(self) -> Tip:
+        """Make every commit in the -wal durable and part of the log, as one frame with the tokens that are pending.
+        Returns the tip.
 
         Raises StorageFailed or CorruptWal; the process must then end, and recounts at its next start.
         """
@@ -150,6 +153,8 @@ class Leader:
         sync_seconds = self._clock() - started
         failpoints.reach("writer.synced")
         self._begin_generation(captured)
+        before = self.log.tip.position.txid
+        tokens = self.pending.take(lambda frame: before + captured.commits_until(frame), before + captured.commits)
         ref, data = log_captured(
             self.log,
             captured,
@@ -273,7 +278,7 @@ class Leader:
         since = self._held_back_since
         return 0.0 if since is None else self._clock() - since
 
-    def pin_snapshot(self, complete_since: Position = Position(0, 0)) -> tuple[SnapshotHeader, Snapshot]:
+    def pin_snapshot(self) -> tuple[SnapshotHeader, Snapshot]:
         """Pin the database at exactly the log's tip. Raises Unavailable when foreign writers do not pause."""
         for _ in range(_PIN_TRIES):
             self.commit_group()
@@ -288,6 +293,7 @@ class Leader:
                     "nothing was sent, ask again"
                 ) from error
             tip = self.log.tip
+            complete_since, tokens = self.log.tokens.export()
             header = SnapshotHeader(
                 cluster=self._cluster,
                 database=1,
@@ -297,6 +303,7 @@ class Leader:
                 page_size=self.database.page_size,
                 time_ms=self._now_ms(),
                 complete_since=complete_since,
+                tokens=tokens,
             )
             return header, snapshot
         raise Unavailable("foreign writers left no moment to pin a snapshot; nothing was sent, ask again")
@@ -324,6 +331,13 @@ class Leader:
         elif done:
             truncate(self._checkpointer, round(_CLOSE_SECONDS * 1000))
         self._checkpointer.close(True)
+
+    def hold_still(self) -> Tip:
+        """Keep foreign writers out and log everything: nothing changes from here on until `unfence`. Raises
+        Unavailable when somebody else is writing this moment."""
+        self.database.fence.require()
+        self.commit_group()
+        return self.log.tip
 
     def step_down(self) -> Tip:
         """Stop leading because another node will (R2, demote): everything committed is captured and in the log, which

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from walship.formats.frame import CommitToken, FrameFlags, FrameHeader, SnapshotHeader
 from walship.formats.frame.snapshot import MAX_SNAPSHOT_TOKENS
@@ -70,6 +70,14 @@ class Tokens:
         """The newest token of that name; its `part` says that the attempt's end is not known from it."""
         with self._lock:
             return self._found.get(name)
+
+    def complete(self, end: CommitToken) -> None:
+        """An attempt of which a part is known has ended without another frame: `end`, but for its txid."""
+        name = (end.incarnation, end.seq)
+        with self._lock:
+            found = self._found.get(name)
+            if found is not None and found.token.part:
+                self._found[name] = replace(found, token=replace(end, txid=found.token.txid))
 
     def covers(self, sent_after: Position) -> bool:
         """Would the token of an attempt be here, had it been committed in term `sent_after.term`, after that position?

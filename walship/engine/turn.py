@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from walship.engine.attempts import Attempt
 from walship.formats.position import Position
 
 __all__ = ["Done", "Turn"]
@@ -41,6 +42,7 @@ class Turn:
         self.expired = False
         self.on_expire: Callable[[], None] | None = None
         self.ack: int | None = None
+        self.attempt: Attempt | None = None  # whose request runs now; set before it can commit
 
     def begin_statement(self) -> None:
         """A statement of the transaction runs: the turn is not idle. Pair with `end_statement`."""

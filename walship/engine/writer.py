@@ -28,10 +28,21 @@ import apsw
 
 from walship.engine import failpoints
 from walship.engine.acks import AckTracker
+from walship.engine.attempts import Attempt, Attempts
+from walship.engine.jobs import Call, Group, Job, answer, fail, nothing, reached, resolve, run_job
 from walship.engine.leader import Leader
 from walship.engine.turn import Done, Turn
-from walship.errors import CorruptWal, Draining, OutcomeUnknown, Overloaded, StorageFailed, WalshipError
-from walship.formats.position import Position
+from walship.engine.writer_limits import WriterLimits, WriterStatistics
+from walship.errors import (
+    CorruptWal,
+    Draining,
+    OutcomeUnknown,
+    Overloaded,
+    StorageFailed,
+    Unavailable,
+    WalshipError,
+)
+from walship.formats.position import Position, Tip
 
 __all__ = ["Writer", "WriterLimits", "WriterStatistics"]
 
@@ -48,70 +59,6 @@ _ANSWER_TOO_LATE = (
 )
 
 _BUSY_SECONDS = 2.0  # how long a job waits for a foreign writer
-
-
-@dataclass(frozen=True, slots=True)
-class WriterLimits:
-    """Bounds of the writer (R5, R14, R21).
-
-    reserve_bytes: with less than this free for -wal or log no write is admitted, while what runs can still end well.
-
-    admission_wait_seconds: how long a write waits for room before it is refused as not done.
-    ack_timeout_seconds: after this a durable commit without enough acknowledgments is reported as outcome unknown;
-        a large one gets the time to ship it, at `ack_bytes_per_second`, in addition.
-    foreign_poll_seconds: an idle writer looks this often for commits of other programs.
-    """
-
-    reserve_bytes: int = 32 << 20
-    queued_jobs: int = 4096
-    group_jobs: int = 512
-    unacked_bytes: int = 16 << 20
-    unacked_groups: int = 10_000
-    ack_stall_seconds: float = 0.25
-    admission_wait_seconds: float = 5.0
-    ack_timeout_seconds: float = 10.0
-    ack_bytes_per_second: float = 8 << 20
-    turn_idle_seconds: float = 5.0
-    turn_seconds: float = 30.0
-    foreign_poll_seconds: float = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class WriterStatistics:
-    jobs: int
-    groups: int
-    queued: int
-    unacked_bytes: int
-    turns: int
-    turns_expired: int
-    failed: str | None
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    run: Callable[[apsw.Connection], Any]
-    future: asyncio.Future[Done[Any]]
-    ack: int | None
-    value: Any = None
-    error: BaseException | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A function to run between two groups."""
-
-    run: Callable[[], Any]
-    future: asyncio.Future[Any]
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """A group that is durable here and waits for acknowledgments."""
-
-    position: Position
-    size_bytes: int
-    jobs: list[_Job]
-    timer: asyncio.TimerHandle | None = None
 
 
 @dataclass(slots=True)
@@ -150,23 +97,27 @@ class Writer:
         self._live = live
         self._clock = clock
         self._free_bytes, self._free_until = 0, -math.inf
-        self._queue: queue.SimpleQueue[_Job | Turn | _Call | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Job | Turn | Call | None] = queue.SimpleQueue()
         self._queued = 0
-        self._unacked: deque[_Group] = deque()
+        self._unacked: deque[Group] = deque()
         self._unacked_bytes = 0
         self._acked_at = 0.0
         self._room = asyncio.Event()
         self._counters = _Counters()
+        self._attempt: Attempt | None = None  # of the job that runs
         self._draining = False
-        self._retiring = False
+        self._retiring = self._paused = False
         self._ended = False
         self._busy_until = self._pause_seconds = 0.0
         self._broken: BaseException | None = None
-        self._alone: Turn | _Call | None = None  # taken from the queue, not yet at its end
+        self._alone: Turn | Call | None = None  # taken from the queue, not yet at its end
         self.failed: BaseException | None = None
         self._stopped: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._main, name="walship-writer", daemon=True)
         self.loop: asyncio.AbstractEventLoop
+        marks = leader.watermarks
+        self.attempts = Attempts(leader.term, leader.log.tokens, lambda: marks.acked)
+        leader.pending.present = self._present
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -174,15 +125,21 @@ class Writer:
         self._unsubscribe = self._leader.watermarks.on_change(self._on_acked)
         self._thread.start()
 
-    async def submit(self, job: Callable[[apsw.Connection], T], *, ack: int | None = None) -> Done[T]:
+    async def submit(
+        self, job: Callable[[apsw.Connection], T], *, ack: int | None = None, attempt: Attempt | None = None
+    ) -> Done[T]:
         """Run `job` on the writer's connection, in autocommit; return after durability and the acknowledgment rule.
 
         `ack` overrides the cluster's number of acknowledgments for this answer. Raises what the job raised;
         Overloaded or Draining before it ran; OutcomeUnknown when it is durable here but not acknowledged in time, or
-        when the node failed meanwhile.
+        when the node failed meanwhile. What it commits is logged under the token of `attempt`, whose result `job` fills
+        in; see `Attempts.begin` for what that raises.
         """
         await self._admit()
-        item = _Job(job, self.loop.create_future(), ack)
+        if attempt is not None:
+            self._check_running()
+            self.attempts.begin(attempt)
+        item = Job(job, self.loop.create_future(), ack, attempt)
         self._put(item)
         return await item.future
 
@@ -204,7 +161,7 @@ class Writer:
         Raises what it raised; Draining when the writer has stopped.
         """
         future: asyncio.Future[T] = self.loop.create_future()
-        self._put(_Call(function, future))
+        self._put(Call(function, future))
         return await future
 
     async def settle(self) -> Position:
@@ -227,6 +184,35 @@ class Writer:
         """On the loop, before a stop: whoever still waits for acknowledgments is told that the outcome is unknown."""
         for group in self._unacked:
             self._ack_timed_out(group, "before this node had to stop")
+
+    async def hold_still(self, patience_seconds: float) -> Tip:
+        """Let no new write begin, wait until what runs has ended, keep foreign writers out; returns the tip, which
+        stays what it is until `go_on` or `retire` (failover.md 3.7, S3 and S4). What comes meanwhile waits.
+
+        A transaction that holds the turn is taken it away after `patience_seconds`. Raises Unavailable when it does not
+        come to rest all the same; writes go on then.
+        """
+        self._paused = True
+        rest = self.loop.create_task(self.run(self._leader.hold_still))
+        try:
+            for last in (False, True):
+                await asyncio.wait({rest}, timeout=patience_seconds)
+                if rest.done():
+                    return rest.result()
+                if isinstance(self._alone, Turn) and not last:
+                    self._alone.call_in()
+            raise Unavailable(f"writes did not come to rest within {2 * patience_seconds:g} s; they go on")
+        except BaseException:
+            self.go_on()
+            raise
+
+    def go_on(self) -> None:
+        """Undo `hold_still`."""
+        self._paused = False
+        if self._ended:
+            return
+        self._put(Call(self._leader.unfence, self.loop.create_future()))
+        self._room.set()
 
     async def retire(self) -> None:
         """End at once, because this node no longer leads: what has not begun is refused as not done, a turn is taken
@@ -264,11 +250,14 @@ class Writer:
 
     # --- on the loop ------------------------------------------------------------------------------------------
 
-    def _put(self, item: _Job | Turn | _Call) -> None:
-        if self._ended:
-            raise Draining(f"the writer has stopped ({self.failed}). This request was not run; send it again later.")
+    def _put(self, item: Job | Turn | Call) -> None:
+        self._check_running()
         self._queued += 1
         self._queue.put(item)
+
+    def _check_running(self) -> None:
+        if self._ended:
+            raise Draining(f"the writer has stopped ({self.failed}). This request was not run; send it again later.")
 
     async def _admit(self) -> None:
         """R14: refuse before BEGIN, typed as not done, when the followers or the queue cannot keep up."""
@@ -292,6 +281,8 @@ class Writer:
         raise Draining("this node is shutting down. This request was not run; send it again.")
 
     def _full(self) -> str | None:
+        if self._paused:
+            return "the lead is being handed over"
         limits = self._limits
         now = self._clock()
         if now >= self._free_until:  # the question lets go of the GIL, which is dear beside the writer thread
@@ -306,18 +297,19 @@ class Writer:
             return f"no follower has acknowledged anything for {self._clock() - self._acked_at:.2f} s"
         return None
 
-    def _group_done(self, position: Position, size_bytes: int, jobs: list[_Job], taken: int) -> None:
+    def _group_done(self, position: Position, size_bytes: int, jobs: list[Job], taken: int) -> None:
         self._queued -= taken
         self._settle_waiters()
         needs_ack = [job for job in jobs if job.ack != 0]
         for job in jobs:
+            self.attempts.end(job.attempt)
             if job.ack == 0 and self._live():
-                _answer(job, position)
+                answer(job, position)
             elif job.ack == 0:
-                _fail(job.future, OutcomeUnknown(_ANSWER_TOO_LATE))
+                fail(job.future, OutcomeUnknown(_ANSWER_TOO_LATE))
         if not self._unacked:
             self._acked_at = self._clock()
-        group = _Group(position, size_bytes, needs_ack)
+        group = Group(position, size_bytes, needs_ack)
         self._unacked.append(group)
         self._unacked_bytes += size_bytes
         self._on_acked()
@@ -331,16 +323,16 @@ class Writer:
         acked = self._leader.watermarks.acked
         durable = self._leader.watermarks.durable
         progressed = False
-        while self._unacked and _reached(acked, self._unacked[0].position):
+        while self._unacked and reached(acked, self._unacked[0].position):
             group = self._unacked.popleft()
             self._unacked_bytes -= group.size_bytes
             progressed = True
             stricter = []
             for job in group.jobs:
                 if not self._live():
-                    _fail(job.future, OutcomeUnknown(_ANSWER_TOO_LATE))
-                elif job.ack is None or _reached(self._acks.covered(durable, job.ack), group.position):
-                    _answer(job, group.position)
+                    fail(job.future, OutcomeUnknown(_ANSWER_TOO_LATE))
+                elif job.ack is None or reached(self._acks.covered(durable, job.ack), group.position):
+                    answer(job, group.position)
                 else:
                     stricter.append(job)
             group.jobs = stricter
@@ -352,23 +344,24 @@ class Writer:
             failpoints.reach("writer.acked")
             self._acked_at = self._clock()
             self._room.set()
+            self.attempts.changed.set()
 
-    def _await_stricter(self, group: _Group) -> None:
+    def _await_stricter(self, group: Group) -> None:
         """Jobs that asked for more acknowledgments than the cluster's rule: look again until they have them."""
         durable = self._leader.watermarks.durable
         remaining = []
         for job in group.jobs:
-            if job.ack is not None and _reached(self._acks.covered(durable, job.ack), group.position):
-                _answer(job, group.position)
+            if job.ack is not None and reached(self._acks.covered(durable, job.ack), group.position):
+                answer(job, group.position)
             elif not job.future.done():
                 remaining.append(job)
         group.jobs = remaining
         if remaining:
             self.loop.call_later(0.005, self._await_stricter, group)
 
-    def _ack_timed_out(self, group: _Group, when: str) -> None:
+    def _ack_timed_out(self, group: Group, when: str) -> None:
         for job in group.jobs:
-            _fail(
+            fail(
                 job.future,
                 OutcomeUnknown(
                     f"the write is durable on the leader at {group.position}, but not enough followers confirmed it "
@@ -381,25 +374,25 @@ class Writer:
         waiting, self._counters.settling = self._counters.settling, []
         for ticket, future in waiting:
             if self._counters.captures_done > ticket or self._leader.settled():
-                _resolve(future, None)
+                resolve(future, None)
             else:
                 self._counters.settling.append((ticket, future))
 
-    def _end(self, error: BaseException | None, lost: list[_Job]) -> None:
+    def _end(self, error: BaseException | None, lost: list[Job]) -> None:
         """The thread has ended: nobody may wait for it any longer."""
         unknown = OutcomeUnknown(
             "the node stopped while the write was being made durable. It may or may not have happened; "
             "look before sending it again."
         )
         for job in lost:
-            _fail(job.future, unknown)
+            fail(job.future, unknown)
         if isinstance(self._alone, Turn):
             if self._alone.granted.done():
-                _fail(self._alone.finished, unknown)
+                fail(self._alone.finished, unknown)
             else:
-                _fail(self._alone.granted, Draining(f"the node stopped ({error}). The transaction was not begun."))
+                fail(self._alone.granted, Draining(f"the node stopped ({error}). The transaction was not begun."))
         elif self._alone is not None:
-            _fail(self._alone.future, Draining(f"the node stopped ({error})."))
+            fail(self._alone.future, Draining(f"the node stopped ({error})."))
         self._ended = True
         if error is not None:
             self.failed = error
@@ -408,23 +401,24 @@ class Writer:
         while not self._queue.empty():
             item = self._queue.get_nowait()
             if isinstance(item, Turn):
-                _fail(item.granted, refused)
+                fail(item.granted, refused)
             elif item is not None:
-                _fail(item.future, refused)
+                fail(item.future, refused)
         for _, future in self._counters.settling:
-            _fail(future, refused)
+            fail(future, refused)
         self._counters.settling.clear()
         if self._stopped is not None:
-            _resolve(self._stopped, None)
+            resolve(self._stopped, None)
 
     # --- in the writer thread ---------------------------------------------------------------------------------
 
     def _main(self) -> None:
         connection: apsw.Connection | None = None
-        running: list[_Job] = []
+        running: list[Job] = []
         try:
             connection = self._leader.database.connect_writer()
             connection.set_busy_handler(self._wait_for_write)
+            connection.set_wal_hook(self._on_commit)
             while self._step(connection, running):
                 running.clear()
         except BaseException as error:  # noqa: BLE001 - handed to the owner, who ends the process
@@ -454,7 +448,19 @@ class Writer:
         time.sleep(self._pause_seconds)
         return now < self._busy_until
 
-    def _step(self, connection: apsw.Connection, running: list[_Job]) -> bool:
+    def _on_commit(self, _connection: apsw.Connection, name: str, frames: int) -> int:
+        """SQLite says that a commit of this very connection ends at frame `frames` of the -wal."""
+        attempt = self._attempt
+        if attempt is not None and name == "main":
+            attempt.frame = frames
+            self._leader.pending.add(attempt)
+        return apsw.SQLITE_OK
+
+    def _present(self) -> Attempt | None:
+        """The attempt that another thread may be committing now, in its turn."""
+        return self._alone.attempt if isinstance(self._alone, Turn) else None
+
+    def _step(self, connection: apsw.Connection, running: list[Job]) -> bool:
         """One group, one turn, or one look for foreign commits. False when the thread shall end."""
         try:
             item = self._queue.get(timeout=self._limits.foreign_poll_seconds)
@@ -467,11 +473,13 @@ class Writer:
                 self._finish(running, taken)
                 return False
             taken += 1
-            if not isinstance(item, _Call) and (self._retiring or not self._live()):
+            if not isinstance(item, Call) and (self._retiring or not self._live()):
                 self._refuse(item)
-            elif isinstance(item, _Job):
+            elif isinstance(item, Job):
                 running.append(item)
-                _run(item, connection)
+                self._attempt = item.attempt
+                run_job(item, connection)
+                self._attempt = None
                 if self._broken is not None:
                     raise self._broken
             else:
@@ -490,17 +498,19 @@ class Writer:
         self._finish(running, taken)
         return True
 
-    def _refuse(self, item: _Job | Turn) -> None:
+    def _refuse(self, item: Job | Turn) -> None:
         refused = Draining(_LEASE_OVER)
-        self.call_soon(_fail, item.granted if isinstance(item, Turn) else item.future, refused)
+        if isinstance(item, Job):
+            self.call_soon(self.attempts.end, item.attempt)
+        self.call_soon(fail, item.granted if isinstance(item, Turn) else item.future, refused)
 
-    def _run_alone(self, item: Turn | _Call) -> None:
+    def _run_alone(self, item: Turn | Call) -> None:
         if not isinstance(item, Turn):
             self._call(item)
             self.call_soon(self._group_done, self._leader.tip.position, 0, [], 1)
             return
         self._counters.turns += 1
-        self.call_soon(_resolve, item.granted, None)
+        self.call_soon(resolve, item.granted, None)
         limits = self._limits
         item.hold(
             idle_seconds=limits.turn_idle_seconds,
@@ -511,24 +521,28 @@ class Writer:
             ending=lambda: self._retiring,
         )
         self._counters.turns_expired += item.expired
-        self._finish([_Job(_nothing, item.finished, item.ack)], 1)
+        if item.attempt is not None and item.attempt.frame:
+            self._leader.pending.add(item.attempt)
+        self._finish([Job(nothing, item.finished, item.ack)], 1)
 
     def _look(self) -> None:
+        if self._present() is not None and not self._leader.database.index.others_checkpoint():
+            return  # its commit and the end of its turn go into one frame, with a whole token
         self._finish([], 0)
         self._leader.make_way()
 
-    def _call(self, call: _Call) -> None:
+    def _call(self, call: Call) -> None:
         try:
             value = call.run()
         except BaseException as error:
-            self.call_soon(_fail, call.future, error)
+            self.call_soon(fail, call.future, error)
             # An fsync that failed inside it is as final as in a group; anything unforeseen is too.
             if isinstance(error, (StorageFailed, CorruptWal)) or not isinstance(error, (WalshipError, apsw.Error)):
                 raise
         else:
-            self.call_soon(_resolve, call.future, value)
+            self.call_soon(resolve, call.future, value)
 
-    def _finish(self, jobs: list[_Job], taken: int) -> None:
+    def _finish(self, jobs: list[Job], taken: int) -> None:
         """Make the group durable and hand it to the loop."""
         before = self._leader.tip
         self._counters.captures_begun += 1
@@ -543,41 +557,3 @@ class Writer:
             size_bytes = self._leader.group_frames * (self._leader.database.page_size + 24)
         self.call_soon(self._group_done, tip.position, size_bytes, list(jobs), taken)
         self._leader.checkpoint_if_due()
-
-
-def _run(job: _Job, connection: apsw.Connection) -> None:
-    """Run one job as its own transaction. What it leaves open is rolled back: the connection is shared."""
-    try:
-        job.value = job.run(connection)
-    except Exception as error:  # noqa: BLE001 - the caller's error, delivered to the caller
-        job.error = error
-    if connection.in_transaction:
-        connection.execute("ROLLBACK")
-        if job.error is None:
-            job.error = AssertionError("a writer job ended inside a transaction; it was rolled back")
-
-
-def _nothing(_connection: apsw.Connection) -> None:
-    return None
-
-
-def _answer(job: _Job, position: Position) -> None:
-    if job.error is not None:
-        _fail(job.future, job.error)
-    else:
-        _resolve(job.future, Done(job.value, position))
-
-
-def _resolve(future: asyncio.Future[Any], value: Any) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
-def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
-
-
-def _reached(have: Position, want: Position) -> bool:
-    """Both are of this leader's own term or of its start, where (term, txid) order is the order of history."""
-    return have.order() >= want.order()
