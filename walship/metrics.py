@@ -91,6 +91,10 @@ class NodeMetrics(Metrics):
             "walship_history_mismatches", "Times this node's history differed from its leader's and it re-seeded"
         )
         self.reconnects = self._counter("walship_reconnects", "Replication connections this follower had to open")
+        self.election_seconds = self._histogram(
+            "walship_election_seconds", "Seconds of each phase of this node's candidacies", _HOLD_BUCKETS, ["phase"]
+        )
+        self.elections = self._counter("walship_elections", "Candidacies of this node, by outcome", ["outcome"])
 
 
 class ProxyMetrics(Metrics):

@@ -57,6 +57,8 @@ NAMES = (
     "leader.claimed",
     "leader.term_started",
     "leader.truth_wal",
+    "switchover.still",
+    "switchover.handed_over",
     "leader.step_down_synced",
     "leader.truth_log",
 )

@@ -49,6 +49,7 @@ from walship.coordination.ballot import (
     Tick,
     Won,
 )
+from walship.coordination.chronicle import Chronicle
 from walship.coordination.election import Election
 from walship.coordination.record import (
     LEADER,
@@ -100,6 +101,7 @@ class Elector:
             uniform=random.uniform,
             promised=node.member.state.state.promised,
         )
+        self.chronicle = Chronicle(node.report.observe_election_phase, node.report.count_election)
         self._deathwatch = Deathwatch(node.config.cluster_url, self._died)
         self._credential = node.member.record.credential("peer")
         self._server = peer.PeerServer(node.name, self._answer)
@@ -156,13 +158,14 @@ class Elector:
 
     def _own_state(self) -> list[Event]:
         node, now = self._node, boottime()
-        tip = node.eligible()
+        tip = node.sides.eligible()
         behind = tip is not None and node.watermarks.acked.order() > tip.position.order()
         return [Eligible(now, tip, behind)]
 
     async def _take(self, event: Event) -> None:
         before, why = self.core.state, self.core.why
         actions = self.core.handle(event)
+        self.chronicle.observe(event, self.core)
         if self.core.state is not before or self.core.why != why:
             _log.info("election state=%s why=%s", self.core.state, self.core.why)
         for action in actions:
@@ -197,10 +200,10 @@ class Elector:
 
     async def _on_serve(self, _action: Serve) -> None:
         assert self._seen is not None
-        await self._node.serve_term(self._seen, self._began)
+        await self._node.sides.serve_term(self._seen, self._began)
 
     async def _on_step_down(self, action: StepDown) -> None:
-        await self._node.step_down(action.term, action.why)
+        await self._node.sides.step_down(action.term, action.why)
 
     async def _on_release(self, action: Release) -> None:
         self._spawn(self._release(action))
@@ -253,18 +256,18 @@ class Elector:
     async def _on_promise(self, action: Promise) -> None:
         node, term = self._node, action.term
         try:
-            await node.promise(term)
+            await node.sides.promise(term)
         except Fenced:
             self._events.put_nowait(Sealed(boottime(), node.member.state.state.promised))
             return
-        tip = node.eligible()
+        tip = node.sides.eligible()
         lag = max(0, tip.position.txid - node.report.applied().txid) if tip is not None else 0
         self._events.put_nowait(Promised(boottime(), term, tip, lag))
 
     async def _on_promote(self, action: Promote) -> None:
         term = action.term
         try:
-            start = await self._node.begin_term(term)
+            start = await self._node.sides.begin_term(term)
         except WalshipError as error:
             _log.error("promotion failed term=%d error=%s", term, error)
             self._events.put_nowait(PromotionFailed(boottime(), term, str(error)))
@@ -317,7 +320,7 @@ class Elector:
             return peer.Refused(node.name, max(promised, question.term + 1), f"term {promised} is promised")
         for action in self.core.handle(Sealed(boottime(), question.term)):
             await self._do(action)
-        tip = await node.seal(question.term)
+        tip = await node.sides.seal(question.term)
         if tip is None:
             return peer.Refused(node.name, 0, f"{node.name} has no whole copy to answer for")
         lag = max(0, tip.position.txid - node.report.applied().txid)
@@ -338,7 +341,7 @@ class Elector:
             self._deathwatch.watch(seen.record.nonce if seen.record.nonce != self._node.boot_nonce else "")
             if self._seen is None or seen.version > self._seen.version:
                 self._seen = seen
-            self._node.learn_leader(seen.record)
+            self._node.sides.learn_leader(seen.record)
         self._events.put_nowait(RecordSeen(boottime(), seen))
         if seen is not None and seen.record.nonce in self._dead:
             self._events.put_nowait(HolderDied(boottime(), seen.record.nonce))

@@ -1,8 +1,7 @@
 """A node: opens its parts, wires them, changes between leading and following, closes them in reverse.
 
 Decisions live in the parts: who leads is the elector's, the durable order of a change is `promote`'s and the engine's.
-Every change of side happens under one lock, `_changing`, and is whole: a SEAL that comes in the middle of a promotion
-waits for its end, and is answered after this node has stepped down (R2).
+Whether it leads or follows is `Sides`'.
 
 Stop (SIGTERM, SIGINT): hand the lead over, refuse new work and finish what runs -> end the links -> end replication ->
 log, sync, mark -> close every connection, then the files -> exit 0. After a failure of the disk nothing is tidied up:
@@ -22,13 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from walship.config import NodeConfig
-from walship.coordination.lease import Lease
 from walship.coordination.record import (
-    LeaderRecord,
     NodeRecord,
     Phase,
-    Seen,
-    TermStart,
     announce_leader,
     claim_next_term,
     read_terms,
@@ -43,33 +38,32 @@ from walship.engine.leader import Leader
 from walship.engine.log import FrameRef, Log
 from walship.engine.replica import Replica
 from walship.engine.retention import LogLimits
-from walship.engine.snapshot import ltx_chunks
+from walship.engine.sparse import open_chunks
 from walship.engine.watermarks import Watermarks
 from walship.engine.writer import Writer
 from walship.errors import (
     CompareFailed,
     CorruptData,
-    CorruptDatabase,
     Draining,
-    Fenced,
     NotLeader,
     Unavailable,
     WalshipError,
 )
+from walship.formats.checksum import PageChecksums
 from walship.formats.frame import SnapshotHeader
-from walship.formats.position import Position, Tip
+from walship.formats.position import Position
 from walship.hrana.types import Batch, Level
 from walship.node.elector import Elector
 from walship.node.embedded import EmbeddedReplicas
-from walship.node.following import Following
 from walship.node.join import Membership
 from walship.node.leading import Leading, boottime
 from walship.node.link_server import LinkServer
-from walship.node.promote import promote
 from walship.node.recover import recover
 from walship.node.report import Report
 from walship.node.role import Event, Role, next_role
 from walship.node.scrub import pin_follower, pin_leader, scrub
+from walship.node.sides import Sides
+from walship.node.switchover import switch_over
 from walship.replication.publisher import Publisher, turn_away
 from walship.replication.subscriber import Subscriber
 from walship.service.limits import Limits
@@ -81,12 +75,9 @@ __all__ = ["Node"]
 _log = logging.getLogger("walship.node")
 
 _RETENTION_SECONDS = 1.0
+_HAND_OVER_SECONDS = 6.0
 _LOCATE_SECONDS = 1.0
 _ZERO = Position(0, 0)
-
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +104,8 @@ class Node:
         self.boot_nonce = secrets.token_hex(8)
         self.voter = member.is_voter(config.name)
         self.role = Role.STARTING
-        self.since_ms = now_ms()
+        self.since_ms = self.now_ms()
         self.watermarks = Watermarks(_ZERO)
-        self.leader_record: LeaderRecord | None = member.leader.record if member.leader else None
         self.replica: Replica | None = None
         self.service: Service | None = None
         self.verified_ms: int | None = None
@@ -124,6 +114,13 @@ class Node:
         self.stop = asyncio.Event()
         self._given = _ZERO
         self.store = store
+        limits = LogLimits(
+            max_bytes=config.log_max_bytes,
+            segment_bytes=min(64 << 20, max(1 << 20, config.log_max_bytes // 8)),
+            keep_seconds=config.log_keep_seconds,
+        )
+        self._limits = limits
+        self.sides = Sides(self, limits)
         self.elector = Elector(self)
         self.links = LinkServer(
             self,
@@ -133,17 +130,7 @@ class Node:
             stand=self.elector.stand,
             joined=lambda: self.joined,
         )
-        self._led: Leading | None = None
-        self._following: Following | None = None
-        self._opened: Leader | None = None  # a term that is durable here and not announced yet
-        self._changing = asyncio.Lock()
-        self._limits = LogLimits(
-            max_bytes=config.log_max_bytes,
-            segment_bytes=min(64 << 20, max(1 << 20, config.log_max_bytes // 8)),
-            keep_seconds=config.log_keep_seconds,
-        )
         self._failure: BaseException | None = None
-        self._leader_changed = asyncio.Event()
         self._replica_changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._spawned: set[asyncio.Task[None]] = set()
@@ -152,27 +139,27 @@ class Node:
 
     @property
     def leading(self) -> Leader | None:
-        return self._led.engine if self._led is not None else None
+        return self.sides.led.engine if self.sides.led is not None else None
 
     @property
     def led(self) -> Leading | None:
-        return self._led
+        return self.sides.led
 
     @property
     def writer(self) -> Writer | None:
-        return self._led.writer if self._led is not None else None
+        return self.sides.led.writer if self.sides.led is not None else None
 
     @property
     def publisher(self) -> Publisher | None:
-        return self._led.publisher if self._led is not None else None
+        return self.sides.led.publisher if self.sides.led is not None else None
 
     @property
     def follower(self) -> Follower | None:
-        return self._following.follower if self._following is not None else None
+        return self.sides.following.follower if self.sides.following is not None else None
 
     @property
     def subscriber(self) -> Subscriber | None:
-        return self._following.subscriber if self._following is not None else None
+        return self.sides.following.subscriber if self.sides.following is not None else None
 
     @property
     def acks_required(self) -> int:
@@ -181,18 +168,16 @@ class Node:
     @property
     def established(self) -> bool:
         """True while this node serves as the leader: its term-start is acknowledged, its lease lasts (R19)."""
-        return self._led is not None and self._led.established
+        return self.sides.led is not None and self.sides.led.established
 
     @property
     def joined(self) -> bool:
         """False while this node may show what is no history: it led or started, and has not followed since (I21)."""
-        if self._led is not None:
-            return True
-        return self._following is not None and self._following.joined
+        return self.sides.joined
 
     @property
     def term(self) -> int:
-        return self._led.term if self._led is not None else 0
+        return self.sides.led.term if self.sides.led is not None else 0
 
     @property
     def log(self) -> Log:
@@ -208,29 +193,29 @@ class Node:
 
     @property
     def leader_url(self) -> str | None:
-        return self.leader_record.url if self.leader_record is not None else None
+        return self.sides.leader_record.url if self.sides.leader_record is not None else None
 
     @property
     def leader(self) -> tuple[str | None, str | None, int]:
-        record = self.leader_record
+        record = self.sides.leader_record
         return (None, None, 0) if record is None else (record.name, record.url, record.term)
 
     def record_ack(self, node_id: str, durable: Position, applied: Position, *, voter: bool) -> None:
-        if voter and self._led is not None:
-            self._led.record_ack(node_id, durable)
+        if voter and self.sides.led is not None:
+            self.sides.led.record_ack(node_id, durable)
 
     def forget(self, node_id: str) -> None:
         """A connection ended; what that follower acknowledged stays acknowledged."""
 
     @contextlib.asynccontextmanager
-    async def open_snapshot(self) -> AsyncIterator[_OpenSnapshot]:
+    async def open_snapshot(self, have: PageChecksums | None = None) -> AsyncIterator[_OpenSnapshot]:
         leading, writer = self.leading, self.writer
         if leading is None or writer is None:
             raise Unavailable(f"{self.name} does not lead and sends no snapshots; ask the leader")
-        header, snapshot = await writer.run(leading.pin_snapshot)
+        header, snapshot, chunks = await writer.run(lambda: open_chunks(leading, self._replica(), have))
         self.report.numbers.snapshots.labels("sent").inc()
         try:
-            yield _OpenSnapshot(header, ltx_chunks(snapshot, header))
+            yield _OpenSnapshot(header, chunks)
         finally:
             await asyncio.to_thread(snapshot.close)
 
@@ -291,14 +276,14 @@ class Node:
         self.replica = await asyncio.to_thread(
             recover, self.config.data_dir, member.state, member.marks, cluster=self.cluster, limits=self._limits
         )
-        self._become(Event.RECOVERED)
+        self.become(Event.RECOVERED)
         for record in await read_terms(self.store):
             self.watermarks.add_term(record.term, record.start.prev_txid)
         await register_node(self.store, self._node_record())
         if member.leads and await self._go_on_leading():
             return
         if self.replica is None or member.state.state.truth is Truth.LOG:
-            self._follow()  # else the -wal stays the truth until it is known who leads
+            self.sides.follow()  # else the -wal stays the truth until it is known who leads
 
     async def _go_on_leading(self) -> bool:
         """The record's holder is this node, so nobody else was elected since its former process ended, and its own
@@ -327,10 +312,10 @@ class Node:
         except CompareFailed:
             return False
         failpoints.reach("leader.claimed")
-        await self.promise(claim.record.term)
-        start = await self.begin_term(claim.record.term)
+        await self.sides.promise(claim.record.term)
+        start = await self.sides.begin_term(claim.record.term)
         seen = await announce_leader(self.store, claim, start=start)
-        await self.serve_term(seen, began)
+        await self.sides.serve_term(seen, began)
         self.elector.core.began_alone(seen)
         return True
 
@@ -342,7 +327,8 @@ class Node:
                 opener = tasks.create_task(self._open_service(stack), name="open service")
                 await self.stop.wait()
                 opener.cancel()
-                self._become(Event.STOP)
+                await self._hand_over()
+                self.become(Event.STOP)
                 if self._failure is not None:
                     return self._failure
                 await self._drain()
@@ -352,11 +338,7 @@ class Node:
 
     async def close(self) -> None:
         """Make what is known durable and close the files, in order. Not after a failure."""
-        if self._led is not None:
-            await self._led.close()
-            self.embedded.close()
-        if self._following is not None:
-            await self._following.stop()
+        await self.sides.close()
         if self.replica is not None:
             self.replica.unpin()
             await asyncio.to_thread(self.replica.close)
@@ -381,138 +363,6 @@ class Node:
 
     # --- leading and following --------------------------------------------------------------------------------
 
-    async def promise(self, term: int) -> None:
-        """Make it durable that lower terms are refused here. Raises Fenced when more is promised already."""
-        if term > self.member.state.state.promised:
-            await asyncio.to_thread(self.member.state.update, promised=term)
-
-    def eligible(self) -> Tip | None:
-        """What this node could lead with; None when its copy is missing, in doubt or being replaced."""
-        if not self.voter or self.replica is None or self.role in (Role.STARTING, Role.STOPPING):
-            return None
-        if self._following is not None and not self._following.follower.sound:
-            return None
-        return self.replica.log.tip
-
-    async def begin_term(self, term: int) -> TermStart:
-        """Open `term` on this node in R2's order. Nobody is told yet. Raises what makes it impossible; this node then
-        follows again."""
-        async with self._changing:
-            if self.member.state.state.promised > term:
-                raise Fenced(f"term {self.member.state.state.promised} was promised; term {term} is not begun here")
-            self._become(Event.CLAIM_WON)
-            try:
-                return await self._open_term(term)
-            except CorruptData as error:
-                _log.error("cannot lead term=%d error=%s", term, error)
-                self._become(Event.DEPOSED)
-                self._follow(str(error))
-                raise
-
-    async def _open_term(self, term: int) -> TermStart:
-        replica = self.replica
-        if self._following is not None:
-            following, self._following = self._following, None
-            try:
-                replica = await following.retire()
-            except BaseException:
-                await following.stop()
-                raise
-        if replica is None:
-            raise CorruptDatabase(f"{self.config.data_dir}: there is no database to lead with")
-        previous = replica.log.tip
-        self._opened = await asyncio.to_thread(
-            promote,
-            replica,
-            self.member.state,
-            self.watermarks,
-            cluster=self.cluster,
-            term=term,
-            now_ms=now_ms,
-            on_frame=self._on_frame,
-            on_group=self.report.observe_group,
-        )
-        return TermStart(previous.position.term, previous.position.txid, previous.checksum)
-
-    async def serve_term(self, seen: Seen[LeaderRecord], began: float) -> None:
-        """The record says that this node serves the term it has opened; the compare-and-swap was begun at `began`."""
-        async with self._changing:
-            opened, self._opened = self._opened, None
-            if opened is None or opened.term != seen.record.term:
-                return  # sealed for a higher term meanwhile
-            self.leader_record = seen.record
-            lease = Lease(seen.record.lease_ms / 1000)
-            lease.extend(began)
-            self._led = Leading(self, opened, seen, lease, self.elector.lost)
-            if self.service is not None:
-                self.service.may_lead()
-            self._led.start()
-            self._become(Event.TERM_STARTED)
-        self.spawn(self.embedded.begin_term(opened.tip.position), "embedded generation")
-
-    async def step_down(self, term: int, why: str) -> None:
-        """End leading `term`, or having opened it, and follow. Does nothing when that is over already."""
-        async with self._changing:
-            if self.term == term or (self._opened is not None and self._opened.term == term):
-                await self._step_down(why)
-
-    async def _step_down(self, why: str) -> None:
-        """`_changing` is held. Raises StorageFailed: the process must end."""
-        _log.warning("step down reason=%s", why)
-        led, opened, self._opened = self._led, self._opened, None
-        try:
-            if led is not None:
-                if self.service is not None:
-                    self.service.stop_leading()
-                await led.step_down()
-            elif opened is not None:
-                await asyncio.to_thread(opened.step_down)
-        except WalshipError as error:
-            self.fail(error)
-            raise
-        self._led = None
-        if self.role is not Role.STOPPING:
-            self._become(Event.DEPOSED)
-        self._follow()
-
-    async def seal(self, term: int) -> Tip | None:
-        """Promise `term` to a candidate: step down from any lower one, then say what is durable here; None when this
-        copy stands for nothing. Raises Fenced when more is promised, or this node leads in that term."""
-        async with self._changing:
-            if term < self.member.state.state.promised or term == self.term:
-                raise Fenced(f"term {self.member.state.state.promised} is promised here")
-            if self._led is not None or self._opened is not None:
-                await self._step_down(f"sealed for term {term}")
-            elif self._following is None:
-                self._follow()
-            await self.promise(term)
-            if self.eligible() is None or self.replica is None:
-                return None
-            return await asyncio.to_thread(self.replica.log.sync)
-
-    def _follow(self, broken: str | None = None) -> None:
-        self._following = Following(
-            self,
-            self.replica,
-            limits=self._limits,
-            locate_leader=self._locate_leader,
-            on_replica=self._on_replica,
-        )
-        if broken is not None:
-            self._following.follower.replace(broken)
-
-    def learn_leader(self, record: LeaderRecord) -> None:
-        """The store's leader record changed, or was read."""
-        if self.leader_record is None or record.term >= self.leader_record.term:
-            self.leader_record = record
-            self._leader_changed.set()
-            if self.subscriber is not None:
-                self.subscriber.wake()
-        elsewhere = record.phase is Phase.SERVING and record.nonce != self.boot_nonce
-        waits = self._led is None and self._opened is None and self._following is None
-        if elsewhere and waits and self.role is Role.FOLLOWER:
-            self._follow()
-
     async def serve_replication(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one follower, or send it to the leader."""
         if self.publisher is not None:
@@ -534,28 +384,16 @@ class Node:
         elif error is not None:
             self.fail(error)
 
-    def _on_frame(self, ref: FrameRef, data: bytes | None) -> None:
+    def on_frame(self, ref: FrameRef, data: bytes | None) -> None:
         """Writer thread: offer small frames to the publisher, so that shipping them reads no file."""
         publisher = self.publisher
         if data is not None and publisher is not None:
             self._loop.call_soon_threadsafe(publisher.offer, ref, data)
 
-    def _on_replica(self, replica: Replica) -> None:
+    def on_replica(self, replica: Replica) -> None:
         self.replica = replica
         self.report.numbers.snapshots.labels("installed").inc()
         self._replica_changed.set()
-
-    async def _locate_leader(self) -> tuple[str, int] | None:
-        record = self.leader_record
-        if record is None or record.phase is not Phase.SERVING or record.holder == self.node_id:
-            self._leader_changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOCATE_SECONDS):
-                    await self._leader_changed.wait()
-            record = self.leader_record
-        if record is None or record.phase is not Phase.SERVING or record.holder == self.node_id:
-            return None
-        return record.url, record.term
 
     # --- background -------------------------------------------------------------------------------------------
 
@@ -589,7 +427,7 @@ class Node:
             replica.marks.touch()
             try:
                 replica.database.check_files()
-                await asyncio.to_thread(replica.log.prune, keep_from=keep_from, now_ms=now_ms())
+                await asyncio.to_thread(replica.log.prune, keep_from=keep_from, now_ms=self.now_ms())
             except WalshipError as error:
                 self.fail(error)
 
@@ -611,11 +449,21 @@ class Node:
             _log.info("scrub was not run reason=%s", error)
             return
         if reason is None:
-            self.verified_ms = now_ms()
+            self.verified_ms = self.now_ms()
         elif self.follower is not None:
             self.follower.replace(reason)
         else:
             self.fail(CorruptData(f"{self.database.path}: {reason}; this leader must not go on serving them"))
+
+    async def _hand_over(self) -> None:
+        """Before this node stops, let another one lead, if one follows closely. Raises nothing."""
+        if self._failure is not None or self.sides.led is None or len(self.member.record.voters) < 2:
+            return
+        try:
+            async with asyncio.timeout(_HAND_OVER_SECONDS):
+                await switch_over(self)
+        except (WalshipError, TimeoutError) as error:
+            _log.info("stop without handing over: %s", error or "no time left")
 
     async def _drain(self) -> None:
         until = self._loop.time() + self.config.drain_seconds
@@ -627,9 +475,13 @@ class Node:
 
     # --- small ------------------------------------------------------------------------------------------------
 
-    def _become(self, event: Event) -> None:
+    @staticmethod
+    def now_ms() -> int:
+        return time.time_ns() // 1_000_000
+
+    def become(self, event: Event) -> None:
         self.role = next_role(self.role, event)
-        self.since_ms = now_ms()
+        self.since_ms = self.now_ms()
         _log.info("role=%s event=%s term=%d", self.role, event, self.leader[2])
 
     async def _until_replica(self) -> Replica:

@@ -13,6 +13,7 @@ from walship import __version__
 from walship.formats import link
 from walship.formats.position import Position
 from walship.metrics import NodeMetrics
+from walship.node.leading import boottime
 from walship.node.role import Role
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Report:
             "since_ms": node.since_ms,
             "verified_ms": node.verified_ms,
             "positions": positions,
+            "election": self._election(),
             **self._details(),
         }
 
@@ -81,6 +83,12 @@ class Report:
     def observe_log_sync(self, sync_seconds: float) -> None:
         """A follower's fsync of its log, in its intake thread."""
         self.numbers.fdatasync_seconds.labels("log").observe(sync_seconds)
+
+    def observe_election_phase(self, phase: str, seconds: float) -> None:
+        self.numbers.election_seconds.labels(phase).observe(seconds)
+
+    def count_election(self, outcome: str) -> None:
+        self.numbers.elections.labels(outcome).inc()
 
     def link_status(self) -> link.Status:
         """What proxies route by. `in_flight` is filled in by the link server."""
@@ -126,6 +134,18 @@ class Report:
         if node.follower is None or node.follower.leader_tip is None:
             return None
         return round(node.follower.lag_seconds(), 6)
+
+    def _election(self) -> dict[str, Any]:
+        """What `walship failover explain` tells."""
+        elector = self._node.elector
+        core = elector.core
+        return {
+            "state": core.state.value,
+            "why": core.why,
+            "voters": len(core.voters),
+            "needed": max(1, len(core.voters) - core.acks),
+            "last": elector.chronicle.last(boottime()),
+        }
 
     def _details(self) -> dict[str, Any]:
         node = self._node

@@ -143,6 +143,11 @@ class Publisher:
         """Stop keeping the log for a node that left the cluster."""
         self._holds.forget(node_id)
 
+    def durable(self, node_id: str) -> Position | None:
+        """What a connected follower has acknowledged as durable; None when it is not connected."""
+        feed = self._feeds.get(node_id)
+        return None if feed is None else feed.durable
+
     def statistics(self) -> PublisherStatistics:
         return PublisherStatistics(
             followers=tuple(feed.statistics() for feed in self._feeds.values()),
