@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,21 +127,21 @@ def found_at_start(
         snapshot.close()
 
 
-def keep(foreign: Foreign, directory: Path, *, cluster: bytes, node: str) -> Manifest:
-    """Write the orphan. Raises StorageFailed; the copy must not be replaced then."""
-    now_ms = time.time_ns() // 1_000_000
+def keep(foreign: Foreign, directory: Path, log: Log, *, node: str) -> Manifest:
+    """Write the orphan. Nobody knows when those commits were made; it says the time of the newest frame of `log`, so
+    that finding them again gives the same file. Raises StorageFailed; the copy must not be replaced then."""
     return write_orphan(
         directory,
         foreign.pages(),
-        cluster=cluster,
+        cluster=log.cluster,
         node=node,
         reason=Reason.FOREIGN,
         base=foreign.base,
         tip=foreign.tip,
         page_size=foreign.checksums.page_size,
         acks_wanted=1,  # no client of the cluster was told that they are committed
-        first_time_ms=now_ms,
-        last_time_ms=now_ms,
+        first_time_ms=log.last_time_ms,
+        last_time_ms=log.last_time_ms,
     )
 
 

@@ -122,7 +122,7 @@ def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
             replica = _open_truth_wal(state.state, database, log, marks, checksums, cluster)
         else:
             if checksums is not None:
-                _refuse_foreign(state, database, log, mark, checksums, cluster)
+                _refuse_foreign(state, database, log, mark, checksums)
             replica = _open_truth_log(database, log, marks, mark, checksums)
         marks.attach(log)
     except BaseException:
@@ -131,14 +131,12 @@ def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
     return replica
 
 
-def _refuse_foreign(
-    state: StateFile, database: Database, log: Log, mark: Tip, checksums: PageChecksums, cluster: bytes
-) -> None:
+def _refuse_foreign(state: StateFile, database: Database, log: Log, mark: Tip, checksums: PageChecksums) -> None:
     """What other programs committed while this node was down is kept (R10). Raises CorruptDatabase then."""
     foreign = found_at_start(database, log, state.state, mark, checksums)
     if foreign is None:
         return
-    kept = keep(foreign, state.directory, cluster=cluster, node=state.state.name)
+    kept = keep(foreign, state.directory, log, node=state.state.name)
     raise CorruptDatabase(
         f"{database.path}: other programs wrote to this follower's file while it was down. What they wrote is kept as "
         f"orphan {kept.name}; the file is replaced by the leader's"
