@@ -11,6 +11,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -137,6 +139,14 @@ class ChaosCluster:
             self.start(name)
         return dead
 
+    def switch_over(self, to: str | None = None) -> None:
+        """Ask for a planned change of leader, by the command that a person uses."""
+        words = [sys.executable, "-m", "walship", "switchover", self.processes[self.leader()].url]
+        if to is not None:
+            words += ["--to", to]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=START_SECONDS, check=False)
+        assert done.returncode == 0, f"switchover: {done.stdout}{done.stderr}"
+
     # -- what it says of itself --
 
     def client(self, name: str = "p1", timeout_seconds: float = 30.0) -> Client:
@@ -197,9 +207,10 @@ class ChaosCluster:
 
         def level() -> dict[str, dict[str, Any]] | None:
             seen = self.statuses()
-            tips = {(status["log"]["tip"], status["log"]["checksum"]) for status in seen.values()}
+            logs = [status.get("log") for status in seen.values()]  # a node without one is about to get its first copy
+            tips = {(log["tip"], log["checksum"]) if log else None for log in logs}
             lags = any(status["lag_txids"] != 0 for status in seen.values())
-            return seen if len(seen) == len(self.nodes) and len(tips) == 1 and not lags else None
+            return seen if len(seen) == len(self.nodes) and len(tips) == 1 and None not in tips and not lags else None
 
         found = eventually(level, "all nodes are level", timeout_seconds=timeout_seconds)
         assert found is not None

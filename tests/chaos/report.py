@@ -7,7 +7,8 @@ import math
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from tests.chaos.gaps import table
@@ -32,6 +33,7 @@ class Report:
     notes: dict[str, object] = field(default_factory=dict)
     began: float = field(default_factory=time.time)
     seconds: float = 0.0
+    say: Callable[[str], None] = lambda _: None  # hears of each run as it ends
 
     def count_errors(self, found: Counter[str]) -> None:
         self.errors = dict(Counter(self.errors) + found)
@@ -43,7 +45,7 @@ class Report:
         self.seconds = round(time.time() - self.began, 1)
 
     def as_dict(self) -> dict[str, object]:
-        figures = asdict(self)
+        figures = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "say"}
         figures["gaps_ms"] = table(figures.pop("gaps_seconds"))
         figures["heal_ms"] = table(figures.pop("heal_seconds"))
         figures["slowest_gaps_ms"] = [_ms(each) for each in sorted(self.gaps_seconds, reverse=True)[:5]]

@@ -25,6 +25,7 @@ __all__ = ["Operation", "Workload"]
 
 DRAIN_SECONDS = 45.0  # longer than any request takes
 MOST_WAITING = 3000
+_RECENT = 2000
 _INSERT = "INSERT INTO w (id) VALUES (?)"
 _COUNT = "SELECT ifnull(max(rowid), 0) FROM w"  # rows are never deleted: the number of them, without a scan
 
@@ -58,7 +59,8 @@ class Workload:
         self.answered: list[float] = []  # when acknowledged writes were answered, in order
         self.complaints: list[str] = []  # what a read saw that it must not see
         self.skipped = 0  # not sent, as too many were waiting: the load was not open any more
-        self._urls, self._rate, self._reads, self._levels = urls, rate, reads, levels
+        self.rate = rate  # writes a second
+        self._urls, self._reads, self._levels = urls, reads, levels
         self._acked = 0
         self._waiting = 0
         self._problem: BaseException | None = None
@@ -98,6 +100,14 @@ class Workload:
         """For the set checker. After `stop`."""
         return [(each.number, each.outcome) for each in self.operations if each.kind == "write"]
 
+    def recent_writes(self) -> list[Operation]:
+        """The acknowledged ones among the operations that ended last."""
+        return [each for each in self.operations[-_RECENT:] if each.kind == "write" and each.outcome is Outcome.OK]
+
+    def examples(self) -> dict[str, str]:
+        """One message for each kind and code of what did not go well."""
+        return {f"{each.kind}: {each.code}": each.message[:300] for each in self.operations if each.code}
+
     def errors(self, kind: str = "") -> Counter[str]:
         """Codes of what did not go well, of one kind or of all."""
         return Counter(f"{each.kind}: {each.code}" for each in self.operations if each.code and kind in ("", each.kind))
@@ -113,7 +123,7 @@ class Workload:
         pools = [Pool(url) for url in self._urls]
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._send("write", self._rate, pools, group))
+                group.create_task(self._send("write", self.rate, pools, group))
                 for level in self._levels:
                     group.create_task(self._send(level, self._reads, pools, group))
         finally:
