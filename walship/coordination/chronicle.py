@@ -111,7 +111,7 @@ class Chronicle:
             self._end(last, now, f"serving: {core.why}", "serving")
         elif core.state is State.FOLLOWING:
             word = "handed over" if self._state is State.HANDING else "given up"
-            self._end(last, now, f"{word}: {core.why}", word)
+            self._end(last, now, f"{word}: {core.last}", word)  # its `why` is on the next claim already
 
     def _took(self, last: _Candidacy, phase: str, seconds: float) -> None:
         last.phases[phase] = last.phases.get(phase, 0.0) + seconds
