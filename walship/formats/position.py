@@ -79,16 +79,23 @@ class Tip:
 class TermHistory:
     """Where each known term began: term t+1 began at txid `start`, so `end(t)` is that start.
 
-    Terms may be skipped (a claim that never served); a skipped term has no commits.
+    Terms may be skipped: a claim that never served, or a leader none of whose commits anybody else took. Nothing of a
+    skipped term survives beyond its start; only `prev_term` of the term that skipped it says so.
     """
 
-    __slots__ = ("_starts",)
+    __slots__ = ("_before", "_starts")
 
     def __init__(self, starts: Iterable[tuple[int, int]] = ()) -> None:
         self._starts: dict[int, int] = dict(sorted(starts))
+        self._before: dict[int, int] = {}
 
-    def add(self, term: int, start_txid: int) -> None:
-        """Record that `term` began after `start_txid`. Idempotent. Other threads may be asking meanwhile."""
+    def add(self, term: int, start_txid: int, prev_term: int | None = None) -> None:
+        """Record that `term` began after `start_txid` of `prev_term` (None: not known). Idempotent.
+
+        Other threads may be asking meanwhile.
+        """
+        if prev_term is not None:
+            self._before = {**self._before, term: prev_term}
         self._starts = dict(sorted({**self._starts, term: start_txid}.items()))  # replaced, never changed in place
 
     def starts(self) -> tuple[tuple[int, int], ...]:
@@ -110,7 +117,7 @@ class TermHistory:
         """
         if have.term == want.term:
             return have.txid >= want.txid
-        if have.term < want.term or have.txid < want.txid:
+        if have.term < want.term or have.txid < want.txid or self._skipped(want, have.term):
             return False
         bounds = [start for term, start in self._starts.items() if want.term < term <= have.term]
         return bool(bounds) and want.txid <= min(bounds)
@@ -118,4 +125,10 @@ class TermHistory:
     def lost(self, want: Position) -> bool:
         """True iff `want` lies past the end of its term: no surviving history contains it."""
         bounds = [start for term, start in self._starts.items() if term > want.term]
-        return bool(bounds) and want.txid > min(bounds)
+        return bool(bounds) and (want.txid > min(bounds) or self._skipped(want, max(self._starts)))
+
+    def _skipped(self, want: Position, newest: int) -> bool:
+        """True iff `want` is a commit of a term that a later one, up to `newest`, skipped."""
+        if all(not (before < want.term < term <= newest) for term, before in self._before.items()):
+            return False
+        return want.txid > self._starts.get(want.term, -1)
