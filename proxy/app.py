@@ -25,6 +25,7 @@ from proxy.consistency import Floors, Settings
 from proxy.dispatch import Dispatcher
 from proxy.dump import dump
 from proxy.embedded import EmbeddedProxy
+from proxy.failover import Failover
 from proxy.freshness import Freshness, Neighbours
 from proxy.front import Front
 from proxy.plan import Known
@@ -87,6 +88,9 @@ class Proxy:
             metrics=self.numbers,
         )
         self.backends.on_news.append(self.hold.look)
+        self.failover = Failover(
+            self.backends, held=lambda: len(self.hold.buffer), clock=self._clock, metrics=self.numbers
+        )
         self.dispatcher = Dispatcher(
             self.backends,
             self.floors,
@@ -142,6 +146,7 @@ class Proxy:
         async with contextlib.aclosing(self.embedded), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.backends.run(), name="backends")
             tasks.create_task(self.freshness.run(), name="freshness")
+            tasks.create_task(self.failover.run(), name="failover")
             tasks.create_task(self._sweep(), name="sweep streams")
 
     def drain(self) -> None:
@@ -180,6 +185,7 @@ class Proxy:
             "position": str(self.floors.position),
             "streams": len(self.streams),
             "draining": self.front.draining,
+            "failover": self.failover.status(),
         }
         return cluster_status(self.backends, cluster=self.backends.cluster_record, proxy=proxy, clock=self._clock)
 
@@ -200,7 +206,7 @@ class Proxy:
 
     def metrics(self) -> bytes:
         """The body of `/metrics`."""
-        refresh_gauges(self.numbers, self.backends, self.streams, self._clock())
+        refresh_gauges(self.numbers, self.backends, self.streams, len(self.hold.buffer), self._clock())
         return self.numbers.render()
 
 

@@ -172,18 +172,22 @@ class Backend:
         self.since = self._clock()
 
 
-async def follow(store: Store, prefix: str, apply: Callable[[Change], None]) -> None:
+async def follow(
+    store: Store, prefix: str, apply: Callable[[Change], None], problem: Callable[[str | None], None]
+) -> None:
     """Give every change under `prefix` to `apply`, for ever: a store that is away is waited for, and what was known
-    stays known; a record that cannot be read is skipped."""
+    stays known; a record that cannot be read is skipped. `problem` hears why the store is away, and that it is not."""
     while True:
         try:
             async with contextlib.aclosing(store.watch(prefix)) as changes:
                 async for change in changes:
+                    problem(None)
                     try:
                         apply(change)
                     except (CorruptState, UsageError) as error:
                         log.warning("skip record key=%s reason=%s", change.key, error)
         except StoreUnavailable as error:
+            problem(str(error))
             log.warning("watch %s failed: %s; what is known stays in use", prefix, error)
         await asyncio.sleep(WATCH_RETRY_SECONDS)
 
@@ -207,6 +211,7 @@ class Backends:
         self._waiters: set[asyncio.Future[None]] = set()
         self.leader_record: LeaderRecord | None = None
         self.cluster_record: ClusterRecord | None = None
+        self.store_problem: str | None = None
         self.highest_term = 0  # of any record, status or refusal; a leader below it gets nothing (I18)
         self.on_news: list[Callable[[], None]] = []  # called whenever `changed` ends
         self._cluster_known = asyncio.Event()
@@ -249,10 +254,16 @@ class Backends:
             def node_changed(change: Change) -> None:
                 self._node_changed(change, tasks)
 
-            tasks.create_task(follow(self._store, NODES, node_changed), name="watch nodes")
-            tasks.create_task(follow(self._store, LEADER, self._leader_changed), name="watch leader")
-            tasks.create_task(follow(self._store, CLUSTER, self._cluster_changed), name="watch cluster")
-            tasks.create_task(follow(self._store, TERMS, self._term_changed), name="watch terms")
+            for prefix, apply in (
+                (NODES, node_changed),
+                (LEADER, self._leader_changed),
+                (CLUSTER, self._cluster_changed),
+                (TERMS, self._term_changed),
+            ):
+                tasks.create_task(follow(self._store, prefix, apply, self._store_is), name=f"watch {prefix}")
+
+    def _store_is(self, problem: str | None) -> None:
+        self.store_problem = problem
 
     # --- the store ----------------------------------------------------------------------------------------------
 

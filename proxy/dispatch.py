@@ -1,11 +1,11 @@
 """Getting one request done: choose a node, send, and on a refusal or a broken link choose again (R17, R22).
 
-| after                           | a read                       | anything else                           |
-|---------------------------------|------------------------------|-----------------------------------------|
-| refused before it ran (NotDone) | another node, leader last    | proxy/writes.py: held for a leader      |
-| link broke                      | another node                 | the same; what was sent is asked after  |
-| NOT_READ_ONLY                   | to the leader, as a write    | -                                       |
-| any other refusal               | the client gets it           | the client gets it                      |
+| after                    | a read                    | anything else                                   |
+|--------------------------|---------------------------|-------------------------------------------------|
+| refused before it ran    | another node, leader last | proxy/writes.py: held for a leader              |
+| the link broke           | another node              | the same; what was sent is asked after          |
+| NOT_READ_ONLY            | to the leader, as a write | -                                               |
+| any other refusal        | the client gets it        | the client gets it                              |
 
 A pinned stream has one place to go; when that is gone its state is, and the client is told. What its last request
 committed is asked after like any other write.

@@ -12,11 +12,7 @@ from walship.coordination.record import ClusterRecord
 from walship.formats.link import Role
 from walship.metrics import ProxyMetrics
 
-__all__ = ["cluster_status", "refresh_gauges"]
-
-NO_FAILOVER = (
-    "not in this version: the node that founded the cluster leads; when it restarts it leads again in a new term"
-)
+__all__ = ["cluster_status", "failover_possible", "refresh_gauges"]
 
 Json = dict[str, object]
 
@@ -37,10 +33,32 @@ def cluster_status(
         "term": max((backend.term for backend in backends), default=0),
         "leader": None if leader is None else leader.name,
         "ack": None if cluster is None else cluster.acks,
-        "failover": NO_FAILOVER,
+        "failover": failover_possible(backends),
         "nodes": nodes,
         "proxy": {"pid": os.getpid(), **proxy},
     }
+
+
+def failover_possible(backends: Backends) -> str:
+    """`possible`, or why another node could not take over and acknowledge writes if the leader were lost now (R16)."""
+    cluster = backends.cluster_record
+    if cluster is None:
+        return "not known: the cluster's record was not read yet"
+    if backends.store_problem is not None:
+        return f"not possible now: {backends.store_problem}"
+    voters, acks = len(cluster.voters), cluster.acks
+    # Answers that together know every acknowledged write (3.4 E4), and followers enough for what the next one writes.
+    needed = max(voters - acks, acks + 1) if acks else 1
+    if needed > voters - 1:
+        return (
+            f"not possible: {voters} voter{'s' * (voters > 1)} with ack {acks} need {needed} that are left when one is "
+            "lost; add voters"
+        )
+    leader = backends.leader
+    there = [node.name for node in backends if node.name in cluster.voters and node is not leader and node.usable]
+    if len(there) < needed:
+        return f"not possible now: {needed} followers that vote are needed and {len(there)} can be reached"
+    return "possible"
 
 
 def _node(backend: Backend, leader: Backend | None, now: float, wall: float) -> Json:
@@ -64,11 +82,12 @@ def _node(backend: Backend, leader: Backend | None, now: float, wall: float) -> 
         "since": round(wall - (now - backend.since), 3),
         "reads": backend.reads,
         "in_flight": 0 if backend.connection is None else backend.connection.in_flight,
+        "via": backend.via,
         "problem": None if backend.usable else backend.last_failure,
     }
 
 
-def refresh_gauges(metrics: ProxyMetrics, backends: Backends, streams: Streams, now: float) -> None:
+def refresh_gauges(metrics: ProxyMetrics, backends: Backends, streams: Streams, held: int, now: float) -> None:
     """Set what mirrors state; called when `/metrics` is asked for."""
     for backend in backends:
         metrics.in_flight.labels(backend.name).set(0 if backend.connection is None else backend.connection.in_flight)
@@ -79,3 +98,5 @@ def refresh_gauges(metrics: ProxyMetrics, backends: Backends, streams: Streams, 
     metrics.streams.labels("free").set(len(streams) - pinned)
     leader = backends.leader
     metrics.leader_term.set(0 if leader is None else leader.term)
+    metrics.leader_unreachable.set(leader is not None and leader.via is not None)
+    metrics.held_requests.set(held)

@@ -26,6 +26,8 @@ from walship.formats.link import (
     CursorHead,
     Grant,
     LinkReader,
+    Outcome,
+    OutcomeBody,
     ReadLevel,
     Reason,
     Refusal,
@@ -56,6 +58,8 @@ class History:
     term: int = 1
     txid: int = 0
     terms: TermHistory = field(default_factory=lambda: TermHistory([(1, 0)]))
+    tokens: dict[tuple[int, int], tuple[OutcomeBody, Position]] = field(default_factory=dict)
+    burned: set[tuple[int, int]] = field(default_factory=set)
 
     @property
     def position(self) -> Position:
@@ -66,10 +70,15 @@ class SmallNode:
     def __init__(self, name: str, history: History, role: Role) -> None:
         self.name, self.history, self.role = name, history, role
         self.node_id = os.urandom(16).hex()
+        self.term = 0  # one it says it is in, whatever history says; 0: that
         self.refusals: deque[Reason] = deque()  # the next requests are refused for these reasons
         self.break_after_running = 0  # so many requests are run, and then the link breaks instead of an answer
         self.silent = False  # takes requests, answers nothing and tells no status
+        self.mute = False  # runs what it gets, answers nothing and tells no status
         self.draining = False
+        self.outcomes: deque[Outcome] = deque()  # what the next questions for an outcome are answered
+        self.asked_outcomes: list[Request] = []
+        self.stood = 0  # how often it was asked to stand
         self.served: list[Request] = []
         self.asked: list[ReadLevel] = []  # READ_INDEX requests
         self.unproven: WalshipError | None = None  # what a leader answers that cannot prove that it leads
@@ -99,6 +108,15 @@ class SmallNode:
     def _committed(self, *_: object) -> int:
         self.history.txid += 1
         return apsw.SQLITE_OK
+
+    def lead(self) -> None:
+        """Lead the next term, from what the leader before has committed."""
+        self.history.term += 1
+        self.history.terms.add(self.history.term, self.history.txid)
+        self.role = Role.LEADER
+        self._connection.close()
+        self._connection = self._connect()
+        self._executor = Executor(self._connection, Limits(), may_write=True)
 
     # --- freshness ------------------------------------------------------------------------------------------------
 
@@ -182,7 +200,7 @@ class SmallNode:
 
     async def _tell(self, writer: asyncio.StreamWriter) -> None:
         while not writer.is_closing():
-            if not self.silent:
+            if not (self.silent or self.mute):
                 writer.write(self.status().to_bytes())
             await asyncio.sleep(STATUS_SECONDS)
 
@@ -192,7 +210,7 @@ class SmallNode:
             self.name,
             self.node_id,
             self.role,
-            self.history.term,
+            self.term or self.history.term,
             self.applied,
             position,
             position,
@@ -206,8 +224,18 @@ class SmallNode:
         if request.verb is Verb.READ_INDEX:
             writer.write(self._position(request).to_bytes())
             return
+        if request.verb is Verb.STAND:
+            self.stood += 1
+            writer.write(Reply(request.id, b"", self.applied).to_bytes())
+            return
+        if request.verb is Verb.OUTCOME:
+            self.asked_outcomes.append(request)
+            writer.write(self._outcome(request).to_bytes())
+            return
         self.served.append(request)
         try:
+            if request.term and (self.role is not Role.LEADER or request.term != self.history.term):
+                raise NotLeader(None, None, self.history.term)
             if self.refusals:
                 reason = self.refusals.popleft()
                 writer.write(Refusal(request.id, reason, reason.name, f"scripted: {reason.name}").to_bytes())
@@ -224,7 +252,31 @@ class SmallNode:
             self.break_after_running -= 1
             writer.transport.abort()
             return
-        writer.write(reply.to_bytes())
+        if not self.mute:
+            writer.write(reply.to_bytes())
+
+    def _outcome(self, request: Request) -> Reply | Refusal:
+        name = request.incarnation, request.seq
+        if self.role is not Role.LEADER:
+            return refusal_of(request.id, NotLeader(None, None, self.history.term), self.applied)
+        if self.outcomes:
+            return Reply(request.id, OutcomeBody(self.outcomes.popleft()).to_bytes(), self.applied)
+        found = self.history.tokens.get(name)
+        if found is None:
+            self.history.burned.add(name)
+            return Reply(request.id, OutcomeBody(Outcome.NOT_DONE).to_bytes(), self.applied)
+        return Reply(request.id, found[0].to_bytes(), found[1])
+
+    def _note_token(self, request: Request, connection: apsw.Connection, before: int, results: list[bytes]) -> None:
+        name = request.incarnation, request.seq
+        assert name not in self.history.tokens, "an attempt is run once"
+        assert name not in self.history.burned, "what was told to be not done is not run"
+        if request.seq and self.history.txid > before:
+            rows = any(b'"cols":[{' in result for result in results)
+            body = OutcomeBody(
+                Outcome.DONE, self.history.txid, connection.changes(), connection.last_insert_rowid(), rows
+            )
+            self.history.tokens[name] = body, self.history.position
 
     def _position(self, request: Request) -> Reply | Refusal:
         self.asked.append(request.level)
@@ -257,7 +309,10 @@ class SmallNode:
         if self.role is not Role.LEADER and not request.flags & RequestFlags.READ_ONLY:
             raise NotLeader(None, None, self.history.term)
         executor = self._executor_for(request)
-        results, texts, closed = [], {}, False
+        before = self.history.txid
+        results: list[bytes] = []
+        texts: dict[int, str] = {}
+        closed = False
         for item in requests:
             if isinstance(item, CloseRequest):
                 closed = True
@@ -269,6 +324,7 @@ class SmallNode:
                 results.append(ok("close_sql"))
             else:
                 results.append(drive(executor.perform(_resolved(item, texts))))
+        self._note_token(request, executor.connection, before, results)
         stream, autocommit = self._after(request, executor, closed=closed)
         flags = ReplyFlags.AUTOCOMMIT if autocommit else ReplyFlags.NONE
         return Reply(request.id, pipeline_reply(None, results), self.applied, stream, flags)
