@@ -349,6 +349,36 @@ def status(
     return run_status(settings)
 
 
+_failover = typer.Typer(help="Elections: why the last one went as it did, or why none happens.", no_args_is_help=True)
+app.add_typer(_failover, name="failover")
+
+
+@_failover.command(
+    help=(
+        "Ask every node how it sees the election: who leads and since which term, how long each phase of the last "
+        "election took, what the voters said, or why there is none. Settings are those of [bold]status[/bold]."
+    ),
+    epilog="Examples:\n\n  walship failover explain\n\n  walship failover explain http://127.0.0.1:9001 --json",
+)
+def explain(
+    url: Annotated[
+        Text, typer.Argument(metavar="[URL]", help="A proxy or node. Default http://127.0.0.1:8080.")
+    ] = None,
+    json: Annotated[Flag, _option("json", "", "One line of JSON instead of words.")] = None,
+    timeout_seconds: Annotated[
+        Text, _option("timeout-seconds", "S", "Give up on a node after this. Default 5.")
+    ] = None,
+    auth_token: Annotated[Text, _AUTH_TOKEN] = None,
+    config: ConfigFile = None,
+) -> int:
+    settings = _build(
+        StatusConfig, config, url=url, json=json or None, timeout_seconds=timeout_seconds, auth_token=auth_token
+    )
+    from walship.cli.failover import run as run_explain
+
+    return run_explain(settings)
+
+
 def run(arguments: Sequence[str] | None) -> int:
     """Run the command line; every expected failure becomes one paragraph on stderr and an exit code."""
     try:
