@@ -46,6 +46,13 @@ class Lane:
     running: Future[object] | None = None
     revoked: bool = False
     commits: int = 0
+    frame: int = 0  # of the -wal, where the last commit ends; 0: none since it was set to 0
+
+    def committed(self, _connection: apsw.Connection, name: str, frames: int) -> int:
+        """SQLite's WAL hook."""
+        if name == "main":
+            self.frame = frames
+        return apsw.SQLITE_OK
 
     def forbid_commit(self) -> bool:
         """SQLite's commit hook: True turns the commit into a rollback."""
@@ -142,6 +149,8 @@ class Connections:
             lane = Lane(connection, Executor(connection, self._limits), writer)
             connection.set_progress_handler(lambda: self._shall_stop(lane), _STRIDE)
             connection.set_commit_hook(lane.forbid_commit)
+            if writer:
+                connection.set_wal_hook(lane.committed)
             return lane
         except BaseException:
             connection.close(True)

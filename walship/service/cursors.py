@@ -106,3 +106,9 @@ class LaneCursor:
     def _stop(self) -> None:
         if self._chunks is not None:
             self._chunks.close()
+
+
+async def once(chunk: bytes) -> AsyncIterator[bytes]:
+    """The lines of a cursor that are all here already."""
+    if chunk:
+        yield chunk

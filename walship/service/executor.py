@@ -93,6 +93,7 @@ class Executor:
         budgeted: an interruption, or a value too large for here, ends the whole run (apsw.InterruptError,
             apsw.TooBigError) instead of failing one statement.
         text: the SQL text run last, for whoever must remember it as slow.
+        last: affected rows, rowid of an INSERT, and whether there are columns, of the statement that ended last.
         counters: the values of the stream being served; replaced by whoever changes streams.
         settings: the PRAGMAs it has set here that can be said again elsewhere, by name; replaced likewise.
         readonly_transaction: the open transaction was begun READONLY.
@@ -103,6 +104,7 @@ class Executor:
         self.may_write = may_write
         self.virtual = False
         self.budgeted = False
+        self.last: tuple[int, int | None, bool] = (0, None, False)
         self.counters = Counters()
         self.settings: dict[str, str] = {}
         self._limits = limits
@@ -371,6 +373,7 @@ class Executor:
 
     def _close(self) -> tuple[int, int | None]:
         """After the last row: affected_row_count and last_insert_rowid, and the stream's counters (hrana.md 1.3)."""
+        self.last = (0, None, bool(self._description))
         if self._readonly or self._explain:
             return 0, None
         connection, counters = self.connection, self.counters
@@ -380,6 +383,7 @@ class Executor:
             counters.total_changes += affected
         if self._verdict.is_insert:
             rowid = counters.last_insert_rowid = connection.last_insert_rowid()
+        self.last = (affected, rowid, bool(self._description))
         return affected, rowid
 
     def _abandon(self) -> None:

@@ -33,6 +33,9 @@ class Call:
     read must cover (R17), waited for at most `wait_seconds`. `read_only` refuses with NotReadOnly what would write,
     instead of writing it. `keep` asks that a stream without state be remembered too (stored SQL, `changes()`), as the
     front door's batons need. `ack` overrides the acknowledgment rule for the writes of this call.
+
+    `term` binds the call to the leader of exactly that term, 0 to none. `token` names this attempt to write (R19): for
+    a call that ends with no transaction open, since only then what it did is what was committed.
     """
 
     requests: list[StreamRequest]
@@ -44,6 +47,8 @@ class Call:
     wait_seconds: float = 0.05
     ack: int | None = None
     version: int = 3
+    term: int = 0
+    token: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import apsw
 
+from walship.engine.attempts import Attempt
 from walship.errors import (
     Behind,
     Draining,
@@ -35,19 +36,22 @@ from walship.errors import (
 from walship.formats.position import Position
 from walship.hrana import json as hrana
 from walship.hrana.types import Batch, BatchRequest, CloseRequest, ErrorBody, Level
+from walship.service.bound import attempt_of, fill, last_to_commit, writer_of
 from walship.service.connections import Connections
-from walship.service.cursors import LaneCursor
+from walship.service.cursors import LaneCursor, once
 from walship.service.dump import dump
 from walship.service.executor import Counters, Executor, Need, drive
 from walship.service.limits import Limits, limit_values
 from walship.service.plan import Item, Needs, look, resolve, resolve_batch
 from walship.service.reads import Reads, acknowledged, fresh_enough, seen
 from walship.service.request import Call, CursorReply, Host, Reply
-from walship.service.session import Session, State
+from walship.service.session import Session, State, named
 from walship.service.streams import Streams
 from walship.sql import guard
 
 __all__ = ["Service", "ServiceStatus"]
+
+T = TypeVar("T")
 
 _SWEEP_SECONDS = 0.5
 
@@ -260,23 +264,34 @@ class Service:
 
     async def _job(self, items: Sequence[Item], counters: Counters, call: Call) -> tuple[list[bytes], Position]:
         """Run `items` in the writer thread, as one job of a group (R20). They leave no transaction open."""
-        writer = self._host.writer
-        if writer is None:
-            raise NotLeader(*self._host.leader)
+        writer = writer_of(self._host, call.term)
+        attempt = attempt_of(call)
 
-        def job(connection: apsw.Connection) -> list[bytes]:
+        def work(executor: Executor) -> list[bytes]:
+            return [item if isinstance(item, bytes) else drive(executor.perform(item)) for item in items]
+
+        job = self._job_of(work, counters, attempt)
+        done = await writer.submit(job, ack=call.ack, attempt=attempt)
+        return done.value, done.position
+
+    def _job_of(
+        self, work: Callable[[Executor], T], counters: Counters, attempt: Attempt | None
+    ) -> Callable[[apsw.Connection], T]:
+        """`work` on the writer thread's connection, within bounds, leaving no transaction open."""
+
+        def job(connection: apsw.Connection) -> T:
             executor = self._shared_executor(connection)
             executor.start(counters)
             self._write_until = self._clock() + self._limits.write_seconds
             try:
-                return [item if isinstance(item, bytes) else drive(executor.perform(item)) for item in items]
+                return work(executor)
             finally:
+                fill(attempt, executor)
                 self._write_until = math.inf
                 if not connection.get_autocommit():
                     connection.execute("ROLLBACK")
 
-        done = await writer.submit(job, ack=call.ack)
-        return done.value, done.position
+        return job
 
     def _shared_executor(self, connection: apsw.Connection) -> Executor:
         """The executor of the writer thread's connection; guarded when it is first seen."""
@@ -308,13 +323,21 @@ class Service:
         self, session: Session | None, call: Call, items: Sequence[Item], needs: Needs, *, closing: bool
     ) -> Reply:
         self._check_may_own(session, call, needs)
-        if session is None:
-            session = self._streams.new()
-            async with session.lock:
-                return await self._streams.apart(
-                    session, self._run_on_stream(session, call, items, needs, closing=closing)
-                )
-        return await self._streams.apart(session, self._run_on_stream(session, call, items, needs, closing=closing))
+
+        def run(session: Session) -> Coroutine[None, None, Reply]:
+            return self._run_on_stream(session, call, items, needs, closing=closing)
+
+        return await self._apart(session, call, run)
+
+    async def _apart(
+        self, session: Session | None, call: Call, run: Callable[[Session], Coroutine[None, None, T]]
+    ) -> T:
+        """Run a call on a stream, a new one if there is none, to its end, whatever happens to the caller."""
+        if session is not None:
+            return await self._streams.apart(session, named(self._host, session, call, run(session)))
+        session = self._streams.new()
+        async with session.lock:
+            return await self._streams.apart(session, named(self._host, session, call, run(session)))
 
     def _check_may_own(self, session: Session | None, call: Call, needs: Needs) -> None:
         """A follower gives connections only to transactions that say they only read."""
@@ -330,10 +353,12 @@ class Service:
         committed: Position | None = None
         await self._open_call(session, call, needs)
         try:
-            for item in items:
+            last = last_to_commit(items) if call.token else -1
+            for number, item in enumerate(items):
                 if isinstance(item, bytes):
                     results.append(item)
                     continue
+                session.final = number >= last
                 results.append(await session.perform(item))
                 committed = await session.settle() or committed
             position = await self._position_of(call, committed)
@@ -419,7 +444,7 @@ class Service:
             batch, counters, floor=call.floor, wait_seconds=call.wait_seconds, level=call.level
         )
         if small is not None:
-            return _once(small), position
+            return once(small), position
         lane = await self._connections.take(writer=False)
         cursor = LaneCursor(self._connections, lane, self._forget_cursor, self._clock)
         self._cursors.add(cursor)
@@ -453,25 +478,14 @@ class Service:
     async def _cursor_of_job(
         self, call: Call, batch: Batch, counters: Counters
     ) -> tuple[AsyncIterator[bytes], Position]:
-        writer = self._host.writer
-        if writer is None:
-            raise NotLeader(*self._host.leader)
         if call.floor is not None:
             await fresh_enough(self._host, call.floor, call.wait_seconds)
+        writer = writer_of(self._host, call.term)
+        attempt = attempt_of(call)
 
-        def job(connection: apsw.Connection) -> bytes:
-            executor = self._shared_executor(connection)
-            executor.start(counters)
-            self._write_until = self._clock() + self._limits.write_seconds
-            try:
-                return self._gather(executor, batch)
-            finally:
-                self._write_until = math.inf
-                if not connection.get_autocommit():
-                    connection.execute("ROLLBACK")
-
-        done = await writer.submit(job, ack=call.ack)
-        return _once(done.value), done.position
+        job = self._job_of(lambda executor: self._gather(executor, batch), counters, attempt)
+        done = await writer.submit(job, ack=call.ack, attempt=attempt)
+        return once(done.value), done.position
 
     def _gather(self, executor: Executor, batch: Batch) -> bytes:
         """All lines of a batch that writes. Its rows are few; past the bound they are dropped, the work is not."""
@@ -489,11 +503,7 @@ class Service:
 
     async def _cursor_on_stream(self, session: Session | None, call: Call, batch: Batch, needs: Needs) -> CursorReply:
         self._check_may_own(session, call, needs)
-        if session is None:
-            session = self._streams.new()
-            async with session.lock:
-                return await self._streams.apart(session, self._run_cursor_on_stream(session, call, batch, needs))
-        return await self._streams.apart(session, self._run_cursor_on_stream(session, call, batch, needs))
+        return await self._apart(session, call, lambda owner: self._run_cursor_on_stream(owner, call, batch, needs))
 
     async def _run_cursor_on_stream(self, session: Session, call: Call, batch: Batch, needs: Needs) -> CursorReply:
         """All lines at once, bounded like any response: a stream is used by one request at a time, so rows that were
@@ -511,13 +521,14 @@ class Service:
                     chunks.append(hrana.cursor_error(error))
                     break
                 chunks.append(chunk)
+            session.final = True
             committed = await session.settle()
             position = await self._position_of(call, committed)
         except BaseException:
             await self._streams.close(session)
             raise
         reply = await self._end_call(session, call, [], position, closing=False)
-        return CursorReply(reply.stream, position, reply.autocommit, _once(b"".join(chunks)))
+        return CursorReply(reply.stream, position, reply.autocommit, once(b"".join(chunks)))
 
     def _forget_cursor(self, cursor: LaneCursor) -> None:
         self._cursors.discard(cursor)
@@ -535,6 +546,8 @@ class Service:
     # --- streams: finding, keeping, ending ----------------------------------------------------------------------
 
     def _enter(self, call: Call) -> None:
+        if call.term:
+            writer_of(self._host, call.term)
         if self._draining and call.stream == 0:
             raise Draining("this node is shutting down. Nothing was changed. Try another node, or the proxy.")
         if self._active >= self._limits.streams:
@@ -585,8 +598,3 @@ class Service:
 def _has_state(session: Session | None) -> bool:
     """Does the stream own something here, or did it, so that its client must be told?"""
     return session is not None and session.has_state
-
-
-async def _once(chunk: bytes) -> AsyncIterator[bytes]:
-    if chunk:
-        yield chunk

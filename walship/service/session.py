@@ -24,21 +24,25 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import apsw
 
-from walship.errors import NotLeader, NotReadOnly, OutcomeUnknown, TransactionTimeout
+from walship.errors import NotLeader, NotReadOnly, OutcomeUnknown, TransactionTimeout, WalshipError
 from walship.formats.position import Position
 from walship.hrana.types import Batch, StreamRequest
+from walship.service.bound import attempt_of, fill, writer_of
 from walship.service.connections import Connections, Lane
 from walship.service.executor import Counters, Lines, Need, Program
-from walship.service.request import Host
+from walship.service.request import Call, Host
 
 if TYPE_CHECKING:
+    from walship.engine.attempts import Attempt, Attempts
     from walship.engine.turn import Turn
 
-__all__ = ["FOLLOWS", "Session", "State"]
+__all__ = ["FOLLOWS", "Session", "State", "named"]
+
+T = TypeVar("T")
 
 
 class State(StrEnum):
@@ -86,6 +90,9 @@ class Session:
     expired: bool = False
     calls: int = 0
     ack: int | None = None  # acknowledgments the present call asks for; None: the cluster's rule
+    term: int = 0  # that the present call is bound to
+    attempt: Attempt | None = None  # of the present call
+    final: bool = False  # nothing of the present call can commit after the request that runs now
     _lines: Lines | None = None
     _running: bool = False
     _commits: int = 0  # of the lane, when the turn was taken
@@ -130,6 +137,7 @@ class Session:
         if read_only and self.state is State.WRITING:
             raise NotReadOnly("this transaction writes, and the call allows only reads. Nothing was done with it.")
         self._read_only = read_only
+        self._name_turn()
         if self.lane is not None:
             self.lane.executor.start(self.counters)
 
@@ -234,10 +242,10 @@ class Session:
         self.expired = False
 
     async def _take_turn(self, lane: Lane) -> None:
-        writer = self.host.writer
         if self._read_only:
             raise NotReadOnly("a statement writes, and the call allows only reads. Nothing was changed by it.")
-        if writer is None or not lane.writer:
+        writer = writer_of(self.host, self.term)
+        if not lane.writer:
             raise NotLeader(*self.host.leader)
         turn = await writer.turn()
 
@@ -247,15 +255,30 @@ class Session:
 
         turn.on_expire = on_expire
         self.turn = turn
+        self._name_turn()
         lane.revoked, self._commits = False, lane.commits
         lane.executor.may_write = True
         if turn.expired:
             on_expire()
 
+    def end_call(self) -> None:
+        """The call is over; what is still open, another may commit."""
+        self.attempt, self.term = None, 0
+        self._name_turn()
+
+    def _name_turn(self) -> None:
+        if self.turn is not None:
+            self.turn.attempt = self.attempt
+        if self.lane is not None:
+            self.lane.frame = 0
+
     async def _release(self) -> Position | None:
         turn, self.turn = self.turn, None
         if self.lane is not None:
             self.lane.executor.may_write = False
+            if self.attempt is not None and self.lane.frame:
+                fill(self.attempt, self.lane.executor)
+                self.attempt.frame, self.attempt.ended = self.lane.frame, self.final
         return None if turn is None else await turn.release(ack=self.ack)
 
     def _on_expire(self) -> None:
@@ -305,3 +328,37 @@ def _roll_back(lane: Lane, stop: Callable[[], None] | None) -> None:
             lane.connection.execute("ROLLBACK")
     except apsw.Error:
         lane.connection.close(True)
+
+
+async def named(host: Host, session: Session, call: Call, work: Coroutine[None, None, T]) -> T:
+    """Run `work`, a call on `session`, under the call's token and bound to its term.
+
+    Raises what it raises, and before it runs what `writer_of` and `Attempts.begin` do.
+    """
+    attempt = attempt_of(call)
+    attempts = None
+    try:
+        if call.term or attempt is not None:
+            attempts = writer_of(host, call.term).attempts
+        if attempts is not None and attempt is not None:
+            attempts.begin(attempt)
+    except BaseException:
+        work.close()
+        raise
+    session.attempt, session.term, session.final = attempt, call.term, False
+    try:
+        answer = await work
+    except WalshipError:
+        _end_attempt(attempts, attempt)
+        raise
+    finally:
+        session.end_call()
+    # Any other error leaves it running for ever: nobody knows whether a COMMIT is still under way.
+    _end_attempt(attempts, attempt)
+    return answer
+
+
+def _end_attempt(attempts: Attempts | None, attempt: Attempt | None) -> None:
+    if attempts is not None and attempt is not None:
+        attempt.ended = True
+        attempts.end(attempt)
