@@ -180,6 +180,29 @@ def test_a_follower_that_is_cut_off_costs_no_write_and_catches_up_when_it_is_bac
     composed.wait_level()
 
 
+def test_a_leader_that_is_cut_off_is_replaced_and_rejoins_when_it_is_back(composed: Composed) -> None:
+    """Nothing acknowledged is lost; the write that was under way may be answered late, and is there once."""
+    composed.start_all()
+    old = composed.wait_whole(*PROXIES)
+    with composed.client("proxy1", 60.0) as client:
+        client.execute("CREATE TABLE t (v)")
+        client.execute("INSERT INTO t VALUES (0)")
+        composed.network.isolate(old)
+
+        def written() -> bool:
+            return client.execute("INSERT INTO t VALUES (1)").changes == 1
+
+        eventually(written, "a write succeeds without the old leader", timeout_seconds=START_SECONDS)
+        new = composed.status("proxy2")["leader"]
+        assert new not in (None, old)
+    composed.network.heal()
+    assert composed.wait_whole(*PROXIES) != old
+    composed.wait_level()
+    with composed.client("proxy2") as client:
+        assert [row[0] for row in client.execute("SELECT v FROM t ORDER BY v").rows][:2] == [0, 1]
+    assert composed.status(old)["role"] == "follower"
+
+
 def test_a_proxy_that_was_killed_comes_back_under_its_name(composed: Composed) -> None:
     """Both proxies have one volume, in which a lock proves the death."""
     composed.start_all()
