@@ -27,6 +27,7 @@ from walship.engine.seed import SeedFile
 from walship.engine.snapshot import Snapshot, ltx_chunks
 from walship.engine.verify import verify
 from walship.errors import CorruptDatabase, CorruptLtx, HistoryMismatch, Unavailable
+from walship.formats.position import TermHistory
 
 SETUP = ("CREATE TABLE t(id INTEGER PRIMARY KEY, body)",)
 
@@ -228,7 +229,7 @@ class TestDamage:
                 seed.write(chunk)
             snapshot.close()
             seed.finish()
-            seed.announce(StateFile.open(image))
+            seed.announce(StateFile.open(image), TermHistory())
             seed.close()
             (image / "data.db").unlink()
             _, _, replica = open_replica(image, "b")

@@ -140,7 +140,7 @@ class Leader:
     # what Source asks
 
     @contextlib.asynccontextmanager
-    async def open_snapshot(self) -> AsyncIterator[OpenSnapshot]:
+    async def open_snapshot(self, have: PageChecksums | None = None) -> AsyncIterator[OpenSnapshot]:
         self.snapshots_opened += 1
         header, ltx = self.writer.snapshot()
         with self.log.pin(header.position):
@@ -275,6 +275,7 @@ class Replica:
     def __init__(self, directory: Path, name: str = "south", *, voter: bool = True, base: Tip | None = None) -> None:
         self.directory, self.name, self.voter = directory, name, voter
         self.promised, self.page_size = 0, 0
+        self.comparable = False
         self.log: Log | None = None
         self.intake: Intake | None = None
         self.pages: dict[int, bytes] = {}
@@ -326,6 +327,9 @@ class Replica:
         self.promises.append(term)
         self.promised = term
 
+    async def page_checksums(self) -> bytes:
+        raise AssertionError("not comparable")
+
     async def receive(self, header: FrameHeader, data: bytes) -> None:
         await self.receive_gate.wait()
         self.frames.append(header)
@@ -370,7 +374,7 @@ class Replica:
             self.log.reset(header.tip)
             self._start()
 
-    def history(self, terms: list[tuple[int, int]]) -> None:
+    def history(self, terms: list[tuple[int, int]], *, differs: bool) -> None:
         self.histories.append(terms)
 
     def mismatch(self, error: HistoryMismatch) -> None:

@@ -246,12 +246,15 @@ def test_a_voter_takes_no_snapshot_below_its_own_position() -> None:
         (Position(3, 20), Position(3, 20), False),
         (Position(3, 19), Position(3, 20), True),
         (Position(2, 30), Position(3, 20), True),
-        (Position(4, 30), Position(1, 12), True),  # term 2 began at 10: what 1.12 holds is an orphan
+        (Position(4, 30), Position(1, 12), False),  # term 2 began at 10: what 1.12 holds is an orphan (R12)
+        (Position(1, 30), Position(1, 12), True),  # but no leader of term 1 can say so
         (Position(4, 30), Position(1, 10), False),
         (Position(4, 30), Position(3, 20), False),  # nothing is known of the terms after 3: no proof, so no
     ],
 )
-def test_below_means_certainly_below(snapshot: Position, own: Position, below: bool) -> None:
+def test_a_voter_gives_up_only_what_a_later_term_proves_never_acknowledged(
+    snapshot: Position, own: Position, below: bool
+) -> None:
     assert is_below(snapshot, own, TermHistory([(1, 0), (2, 10)])) is below
 
 

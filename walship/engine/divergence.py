@@ -22,6 +22,8 @@ def holds(history: TermHistory, at: Position, position: Position) -> bool:
 
     Of terms older than any it remembers it is taken to have had them: what it says of later ones must suffice.
     """
+    if position.term > at.term:
+        return False
     starts = history.starts()
     known = dict(starts)
     if starts and position.term not in known and position.term > starts[0][0]:
@@ -57,9 +59,10 @@ def keep_orphan(
     Blocks. Raises StorageFailed, CorruptLtx: then nothing may be replaced.
     """
     tip = log.tip
-    if holds(history, at, tip.position) and not differs:
+    held = holds(history, at, tip.position)
+    if held and not differs:
         return None
-    base = base_of(log, history, at, differs=differs)
+    base = base_of(log, history, at, differs=differs and held)
     refs = [ref for ref in log.frames_after(base.position) if not ref.header.is_term_start]
     batch = merge_frames(log, refs)
     if batch is None:

@@ -23,18 +23,22 @@ from typing import Any
 
 from walship.engine.checkpoint import CheckpointTally
 from walship.engine.database import Database
+from walship.engine.divergence import holds, keep_orphan
 from walship.engine.durable_state import StateFile, Truth
 from walship.engine.foreign import Foreign, keep, left
 from walship.engine.intake import Intake
 from walship.engine.log import Log, LogLimits
 from walship.engine.marks import Marks
+from walship.engine.orphans import Manifest
 from walship.engine.replayer import Replayer
 from walship.engine.replica import Replica
 from walship.engine.seed import SeedFile, complete_install, finish_install
+from walship.engine.sparse import SparseSeedFile
 from walship.engine.watermarks import Watermarks
-from walship.errors import CorruptData, CorruptDatabase, HistoryMismatch, StorageFailed, Unavailable
+from walship.errors import CorruptData, CorruptDatabase, HistoryMismatch, ProtocolViolation, StorageFailed, Unavailable
+from walship.formats.checksum import PageChecksums
 from walship.formats.frame import FrameHeader, SnapshotHeader
-from walship.formats.position import Position, Tip
+from walship.formats.position import Position, TermHistory, Tip
 
 __all__ = ["Follower", "FollowerSeed", "LagMeter"]
 
@@ -43,6 +47,8 @@ _log = logging.getLogger("walship.engine")
 _HELD_ACKS_BYTES = 64 << 20  # R13
 _HELD_ACKS_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
+_FAR = 1 << 64
+_MOST_COMPARED_PAGES = 8 << 20  # as many as a leader compares
 
 
 @dataclass(slots=True)
@@ -74,6 +80,7 @@ class Follower:
     Args:
         replica: what recovery opened, or None when the node has no database yet (or a broken one).
         acks: acknowledgments the cluster waits for; voter: whether this node's count.
+        on_orphan: called in some thread with the manifest of commits that were kept before they were given up.
         on_replica: called on the loop when a seed was installed.
         on_failure: called on the loop with StorageFailed or an unforeseen error: the process must end.
         on_sync: called in some thread with the seconds that each fsync of the log took.
@@ -94,6 +101,7 @@ class Follower:
         on_replica: Callable[[Replica], None],
         on_failure: Callable[[BaseException], None],
         on_sync: Callable[[float], None] = lambda _seconds: None,
+        on_orphan: Callable[[Manifest], None] = lambda _manifest: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.voter = voter
@@ -109,15 +117,22 @@ class Follower:
         self._cluster = cluster
         self._limits = limits
         self._marks = marks
+        self._acks = acks
         self._applies_at_once = voter and acks <= 1
         self._on_replica = on_replica
         self._on_failure = on_failure
         self._on_sync = on_sync
+        self._on_orphan = on_orphan
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._progressed = asyncio.Event()
         self._needs_seed = replica is None
         self._broken: str | None = None  # why this copy must be replaced, found here and not yet told the subscriber
+        self._damaged = False  # the database is not what its page checksums say: a new copy has to be a whole one
+        self._history = TermHistory()  # of the leader that was heard last
+        self._diverged = False  # our log goes past that leader's history
+        self._differs = False  # that leader says that our tip is not in its history
+        self._compared: tuple[Tip, PageChecksums] | None = None  # nothing is applied while that state is compared
         self._unapplied = LagMeter.new()
         self._behind = False
         self._logged_bytes = 0  # of log frames, since the present replayer was made
@@ -146,6 +161,25 @@ class Follower:
     @property
     def page_size(self) -> int:
         return self.replica.database.page_size if self.replica is not None else 0
+
+    @property
+    def comparable(self) -> bool:
+        replica, replayer = self.replica, self._replayer
+        if replica is None or replayer is None:
+            return False
+        return not self._damaged and not replayer.ended and replica.checksums.commit <= _MOST_COMPARED_PAGES
+
+    async def page_checksums(self) -> bytes:
+        replica, replayer = self.replica, self._replayer
+        if replica is None or replayer is None:
+            raise Unavailable("this node has no database yet, so there are no pages to compare")
+
+        def take() -> bytes:
+            self._compared = (replayer.applied, replica.checksums.copy())
+            return self._compared[1].to_bytes()
+
+        record: bytes = await self.run_between_batches(take)
+        return record
 
     def promise(self, term: int) -> None:
         if term > self._state.state.promised:
@@ -193,7 +227,10 @@ class Follower:
                 continue
 
     async def seed(self, header: SnapshotHeader) -> FollowerSeed:
-        """Raises HistoryMismatch when the snapshot would take back what this voter acknowledged (R9)."""
+        """Raises HistoryMismatch when the snapshot would take back what this voter acknowledged (R9).
+
+        What lies beyond the divergence point of a newer term was not (failover.md 3.4); it is kept as an orphan.
+        """
         logged, offered = self.watermarks.logged, header.position
         if self.voter and offered.order() < logged.order():
             raise HistoryMismatch(
@@ -201,9 +238,20 @@ class Follower:
                 "It was not taken; the log is kept."
             )
         self._broken = None
-        return await asyncio.to_thread(FollowerSeed, self, SeedFile, self._directory, header)
+        compared = self._compared
+        if not header.sparse:
+            return FollowerSeed(self, await asyncio.to_thread(SeedFile, self._directory, header))
+        if compared is None or compared[1].page_size != header.page_size:
+            raise ProtocolViolation(f"a {header} came, but this node's pages were not compared")
+        return FollowerSeed(self, await asyncio.to_thread(SparseSeedFile, self._directory, header, *compared))
 
-    def history(self, terms: list[tuple[int, int]]) -> None:
+    def history(self, terms: list[tuple[int, int]], *, differs: bool) -> None:
+        self._history = TermHistory(terms)
+        self._differs = differs
+        self._compared = None
+        leader = Position(max((term for term, _ in terms), default=0), _FAR)
+        logged = self.watermarks.logged
+        self._diverged = differs or (bool(terms) and not holds(self._history, leader, logged))
         for term, start in terms:
             self.watermarks.add_term(term, start)
 
@@ -217,7 +265,7 @@ class Follower:
         """This copy is damaged: have it replaced by a snapshot. It goes on serving until then."""
         _log.error("copy is damaged, asking for a snapshot reason=%s", reason)
         self._broken = reason
-        self._needs_seed = True
+        self._damaged = self._needs_seed = True
 
     # --- lifetime ---------------------------------------------------------------------------------------------
 
@@ -293,32 +341,36 @@ class Follower:
         replayer.run(function, done)
         return await future
 
-    async def install(self, seed: SeedFile) -> None:
-        """Verify `seed` and make it this node's state. The old one stands until then."""
-        try:
-            await asyncio.to_thread(seed.finish)
-        except BaseException:
-            seed.abort()
-            raise
+    async def install(self, seed: SeedFile | SparseSeedFile) -> None:
+        """Verify `seed` and make it this node's state. The old one stands until then, and what of it is not history is
+        kept as an orphan first."""
         header = seed.header
         replica = self.replica
-        await self.abandon()
+        try:
+            await asyncio.to_thread(seed.finish)
+            await self.abandon()
+            if self._intake is not None:
+                await self._intake.stop()
+            log = await asyncio.to_thread(self._keep_orphan, header)
+        except BaseException as error:
+            # What was compared is not what is there: the next copy has to be a whole one.
+            self._damaged = self._damaged or (header.sparse and isinstance(error, CorruptData))
+            seed.abort()
+            raise
         if replica is None:
-            await asyncio.to_thread(seed.announce, self._state)
+            await asyncio.to_thread(seed.announce, self._state, self._history)
             seed.close()
-            replica = await asyncio.to_thread(self._install_first, header)
+            replica = await asyncio.to_thread(self._install_first, header, log)
         elif replica.database.page_size != header.page_size:
-            await asyncio.to_thread(seed.announce, self._state)
+            await asyncio.to_thread(seed.announce, self._state, self._history)
             seed.close()
-            error = StorageFailed(
+            failure = StorageFailed(
                 f"the snapshot has pages of {header.page_size} bytes, this database {replica.database.page_size}: "
                 "it is put in place at the next start. Nothing is lost; this node restarts now."
             )
-            self._on_failure(error)
-            raise error
+            self._on_failure(failure)
+            raise failure
         else:
-            if self._intake is not None:
-                await self._intake.stop()
             await self._revive(replica)
             try:
                 await self.run_between_batches(lambda: self._install_live(seed, replica))
@@ -327,7 +379,9 @@ class Follower:
                 raise
             await asyncio.to_thread(seed.abort)
             await asyncio.to_thread(self._replayer_or_fail().stop)
-        self._needs_seed = False
+        self._damaged = self._needs_seed = False
+        self._compared = None
+        self._diverged = self._differs = False
         self._start(replica)
         self._on_replica(replica)
 
@@ -371,9 +425,15 @@ class Follower:
         """Replayer thread: how far may be applied. Only what is durable here, so that the log is never behind the
         database."""
         logged = self.watermarks.logged
-        if self._applies_at_once or self._retiring:
+        if self._retiring:
+            return logged
+        if self._compared is not None:
+            return self._compared[0].position
+        if self._applies_at_once:
             return logged
         acked = self.watermarks.acked
+        if self._diverged:
+            return self.watermarks.applied  # what is not history is shown to nobody
         return min(logged, acked, key=Position.order)
 
     def _on_logged(self, tip: Tip, size_bytes: int) -> None:
@@ -419,9 +479,33 @@ class Follower:
         self._replayer = Replayer(replica, self.watermarks, bound=lambda: at, on_failure=self._on_failure)
         self._replayer.start()
 
-    def _install_first(self, header: SnapshotHeader) -> Replica:
+    def _keep_orphan(self, header: SnapshotHeader) -> Log | None:
+        """Keep what `header`'s history lacks of this node's log, before it is replaced (R12). Returns the log."""
+        log = self.replica.log if self.replica is not None else None
+        if log is None and (self._directory / "log").exists():
+            log = Log.open(self._directory / "log", cluster=self._cluster, base=header.tip, limits=self._limits)
+        if log is None:
+            return None
+        log.sync()
+        state = self._state.state
+        manifest = keep_orphan(
+            self._directory,
+            log,
+            self._history,
+            header.position,
+            differs=self._differs,
+            node=state.name,
+            led=state.led,
+            acks=self._acks,
+        )
+        if manifest is not None:
+            self._on_orphan(manifest)
+        return log
+
+    def _install_first(self, header: SnapshotHeader, log: Log | None) -> Replica:
         tip = header.tip
-        log = Log.open(self._directory / "log", cluster=self._cluster, base=tip, limits=self._limits)
+        if log is None:
+            log = Log.open(self._directory / "log", cluster=self._cluster, base=tip, limits=self._limits)
         finish_install(self._directory, self._state, self._cluster, log, self._marks)
         database = Database.open(Path(self._state.state.database_path))
         database.left = database.index.header()  # the replayer takes the fence, and looks
@@ -431,12 +515,19 @@ class Follower:
         self._marks.attach(log)
         return Replica(database, log, checksums, self._marks)
 
-    def _install_live(self, seed: SeedFile, replica: Replica) -> None:
-        """Replayer thread: the whole image as one batch over the live database. Readers keep what they see."""
+    def _install_live(self, seed: SeedFile | SparseSeedFile, replica: Replica) -> None:
+        """Replayer thread: all pages as one batch over the live database. Readers keep what they see."""
         tip = seed.header.tip
         replayer = self._replayer_or_fail()
-        replayer.applier.adopt()  # before the announcement: without the fence nothing has begun
-        seed.announce(self._state)
+        # Before the announcement: without the fence nothing has begun.
+        if isinstance(seed, SeedFile):
+            replayer.applier.adopt()
+        else:
+            replica.database.fence.require()
+            replayer.applier.hold()
+            if replayer.applied != seed.base:
+                raise Unavailable(f"this node moved on from {seed.base}, which was compared; it compares again")
+        seed.announce(self._state, self._history)
         marks = self.watermarks
         floor = marks.applied
         # Readers may have been shown a longer history that is no more (a re-seed); positions never fall in one life.
@@ -447,11 +538,11 @@ class Follower:
 
         try:
             replayer.applier.apply(seed.batch(), sync=True, publishing=publishing)
-        except Unavailable:
+        except (Unavailable, CorruptDatabase):
             self._state.update(installing=None)  # nothing was published: the old state stands
             raise
         replica.checksums = seed.checksums
-        replica.log.reset(tip, self.watermarks.history)
+        replica.log.reset(tip, self._history)
         complete_install(self._state, self._marks, tip, seed.checksums)
         self._marks.attach(replica.log)
         replayer.reset(tip)
@@ -477,12 +568,10 @@ class FollowerSeed:
     def __init__(
         self,
         follower: Follower,
-        make: Callable[[Path, SnapshotHeader], SeedFile],
-        directory: Path,
-        header: SnapshotHeader,
+        file: SeedFile | SparseSeedFile,
     ) -> None:
         self._follower = follower
-        self._file = make(directory, header)
+        self._file = file
 
     async def write(self, data: bytes) -> None:
         await asyncio.to_thread(self._file.write, data)

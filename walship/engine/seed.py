@@ -15,6 +15,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from walship.engine import failpoints
 from walship.engine.apply import Batch
@@ -26,9 +27,17 @@ from walship.errors import CorruptDatabase, CorruptState, StorageFailed
 from walship.formats import ltx
 from walship.formats.checksum import PageChecksums, lock_pgno, page_checksum
 from walship.formats.frame import SnapshotHeader
-from walship.formats.position import Position, Tip
+from walship.formats.position import Position, TermHistory, Tip
 
-__all__ = ["SeedFile", "finish_install"]
+__all__ = [
+    "SeedFile",
+    "announced_terms",
+    "announced_tip",
+    "announcement",
+    "complete_install",
+    "finish_install",
+    "scan_file",
+]
 
 _RUN_PAGES = 512
 
@@ -79,18 +88,9 @@ class SeedFile:
             raise StorageFailed(f"{self.path}: cannot make the snapshot durable ({error.strerror})") from error
         failpoints.reach("seed.received")
 
-    def announce(self, state: StateFile) -> None:
+    def announce(self, state: StateFile, terms: TermHistory) -> None:
         """Make the intention durable: from here a crash is finished at the next start."""
-        header = self.header
-        state.update(
-            installing={
-                "term": header.position.term,
-                "txid": header.position.txid,
-                "checksum": f"{header.checksum:016x}",
-                "commit": header.commit,
-                "page_size": header.page_size,
-            }
-        )
+        state.update(installing=announcement(self.header, terms))
         failpoints.reach("seed.installing")
 
     def batch(self) -> Batch:
@@ -139,7 +139,7 @@ def finish_install(directory: Path, state: StateFile, cluster: bytes, log: Log, 
     checksums = scan_file(database, int(installing["page_size"]))
     if checksums.rolling != tip.checksum or checksums.commit != tip.commit:
         raise CorruptDatabase(f"{database}: the installed snapshot is not the announced state {tip}")
-    log.reset(tip)
+    log.reset(tip, announced_terms(state))
     complete_install(state, marks, tip, checksums)
 
 
@@ -148,6 +148,27 @@ def complete_install(state: StateFile, marks: Marks, tip: Tip, checksums: PageCh
     marks.save(tip, checksums)
     state.update(installing=None, truth=Truth.LOG, base=None, next_base=None, next_base_file=None)
     failpoints.reach("seed.installed")
+
+
+def announcement(header: SnapshotHeader, terms: TermHistory) -> dict[str, Any]:
+    """What the state record says while a snapshot is installed: its tip, and where the terms before it began."""
+    return {
+        "term": header.position.term,
+        "txid": header.position.txid,
+        "checksum": f"{header.checksum:016x}",
+        "commit": header.commit,
+        "page_size": header.page_size,
+        "terms": [list(start) for start in terms.starts()],
+    }
+
+
+def announced_terms(state: StateFile) -> TermHistory:
+    """Where the terms before an announced seed began. Raises CorruptState."""
+    installing = state.state.installing or {}
+    try:
+        return TermHistory((int(term), int(start)) for term, start in installing.get("terms", ()))
+    except (ValueError, TypeError) as error:
+        raise CorruptState(f"the state record announces a seed with terms that make no sense: {installing}") from error
 
 
 def announced_tip(state: StateFile) -> Tip:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import apsw
 
@@ -88,6 +88,15 @@ class Snapshot:
                 end += 1
             yield from self._pages_of_file(pgno, end)
             pgno = end
+
+    def pages_of(self, pgnos: Iterable[int]) -> Iterator[tuple[int, bytes | memoryview]]:
+        """(pgno, image) of some pages, each from 1 to `commit` and not the lock page; as `pages` otherwise."""
+        for pgno in pgnos:
+            frame = self._frames.get(pgno)
+            if frame is None:
+                yield from self._pages_of_file(pgno, pgno + 1)
+            else:
+                yield pgno, self._page_of_wal(pgno, frame)
 
     def close(self) -> None:
         """Let go of the pin. Idempotent."""

@@ -59,6 +59,7 @@ class Kind(IntEnum):
     HEARTBEAT = 19
     ACK = 20
     GOODBYE = 21
+    PAGE_CHECKSUMS = 22
 
 
 _KINDS: dict[int, Kind] = {int(kind): kind for kind in Kind}

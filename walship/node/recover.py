@@ -2,7 +2,7 @@
 
 Order, each step durable before the next position is reported:
 
-    1 a snapshot install that had begun is finished            (state.installing)
+    1 a snapshot install that had begun is finished            (state.installing; a sparse one after 3, over the log)
     2 the log is opened: verified, torn tail cut, fsynced
     3 SQLite recovers the -wal; it is fsynced
     4 truth=wal: commits that the -wal holds and the log does not are appended, one frame each, flagged rebuilt
@@ -33,8 +33,9 @@ from walship.engine.replay import merge_frames
 from walship.engine.replica import Replica
 from walship.engine.seed import announced_tip, finish_install
 from walship.engine.snapshot import Snapshot, scan
+from walship.engine.sparse import finish_sparse_install
 from walship.engine.verify import differing_pages
-from walship.errors import CorruptData, CorruptDatabase, CorruptLog, CorruptWal, HistoryMismatch
+from walship.errors import CorruptData, CorruptDatabase, CorruptLog, CorruptLtx, CorruptWal, HistoryMismatch
 from walship.formats.checksum import PageChecksums, page_checksum
 from walship.formats.frame import FrameFlags
 from walship.formats.position import Position, Tip
@@ -95,10 +96,10 @@ def recover(directory: Path, state: StateFile, marks: Marks, *, cluster: bytes, 
         _set_log_aside(directory)
         return None
     try:
-        if installing is not None:
+        if installing is not None and "base" not in installing:
             finish_install(directory, state, cluster, log, marks)
         return _open(state, log, marks, cluster)
-    except (CorruptDatabase, HistoryMismatch, CorruptWal) as error:
+    except (CorruptDatabase, CorruptLtx, HistoryMismatch, CorruptWal) as error:
         log.close()
         if state.state.truth is Truth.WAL:
             raise
@@ -117,6 +118,10 @@ def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
         log.sync()
         mark = state.state.mark
         assert mark is not None
+        if state.state.installing is not None:
+            replica = Replica(database, log, finish_sparse_install(state, database, log, marks), marks)
+            marks.attach(log)
+            return replica
         checksums = marks.load()
         if state.state.truth is Truth.WAL:
             replica = _open_truth_wal(state.state, database, log, marks, checksums, cluster)

@@ -14,9 +14,10 @@ from walship.errors import HistoryMismatch, LogTruncated
 from walship.formats.position import Position
 from walship.replication.messages import PROTOCOL, Hello, Refusal, RefusalReason
 
-__all__ = ["FromLog", "FromSnapshot", "LeaderView", "Locator", "Plan", "plan"]
+__all__ = ["MAX_COMPARED_PAGES", "FromLog", "FromSnapshot", "LeaderView", "Locator", "Plan", "plan"]
 
 
+MAX_COMPARED_PAGES = 8 << 20  # 64 MiB of page checksums in memory; a larger copy is replaced whole
 _MAX_WHY = 1000  # well below what a welcome may carry; the reason of the reason of a reason helps nobody
 
 
@@ -58,9 +59,14 @@ class FromLog:
 
 @dataclass(frozen=True, slots=True)
 class FromSnapshot:
-    """Ship a snapshot first; `why` goes into the welcome and the follower's log."""
+    """Ship a snapshot first; `why` goes into the welcome and the follower's log.
+
+    `sparse`: only of the pages that the follower has not. `differs`: its tip is not in this leader's history.
+    """
 
     why: str
+    sparse: bool = False
+    differs: bool = False
 
 
 Plan = FromLog | FromSnapshot | Refusal
@@ -71,16 +77,17 @@ def plan(hello: Hello, view: LeaderView) -> Plan:
     refusal = _refusal(hello, view)
     if refusal is not None:
         return refusal
+    sparse = hello.comparable and hello.page_size == view.page_size > 0
     if hello.tip is None:
-        return FromSnapshot((hello.reseed or "the follower has no log")[:_MAX_WHY])
+        return FromSnapshot((hello.reseed or "the follower has no log")[:_MAX_WHY], sparse)
     if hello.page_size and view.page_size and hello.page_size != view.page_size:
         return FromSnapshot(f"the follower has pages of {hello.page_size} bytes, the leader of {view.page_size}")
     try:
         return FromLog(view.log.locate(hello.tip.position, hello.tip.checksum))
     except LogTruncated as error:
-        return FromSnapshot(f"the log does not reach back to {hello.tip.position}: {error}"[:_MAX_WHY])
+        return FromSnapshot(f"the log does not reach back to {hello.tip.position}: {error}"[:_MAX_WHY], sparse)
     except HistoryMismatch as error:
-        return FromSnapshot(f"{hello.tip} is not in the leader's history: {error}"[:_MAX_WHY])
+        return FromSnapshot(f"{hello.tip} is not in the leader's history: {error}"[:_MAX_WHY], sparse, differs=True)
 
 
 def _refusal(hello: Hello, view: LeaderView) -> Refusal | None:

@@ -22,10 +22,12 @@ from typing import Protocol
 from walship.engine.log import FrameRef, Log
 from walship.engine.watermarks import Watermarks
 from walship.errors import HistoryMismatch, ProtocolViolation, Unavailable
+from walship.formats.checksum import PageChecksums
 from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
 from walship.formats.record import RECORD_HEADER_SIZE, RECORD_OVERHEAD
 from walship.replication.catchup import FromLog, FromSnapshot
+from walship.replication.comparison import Comparison
 from walship.replication.hangup import abort, hang_up, send
 from walship.replication.holds import Holds
 from walship.replication.messages import (
@@ -38,7 +40,7 @@ from walship.replication.messages import (
     StreamSource,
     Welcome,
 )
-from walship.replication.protocol import LeaderProtocol, Phase
+from walship.replication.protocol import LeaderProtocol, PagesReceived, Phase
 from walship.replication.rounds import Rounds
 from walship.replication.tail import Tail
 from walship.replication.threads import in_thread
@@ -89,8 +91,9 @@ class Source(Protocol):
         """Where the leader is, when this node is none."""
         ...
 
-    def open_snapshot(self) -> AbstractAsyncContextManager[SnapshotStream]:
-        """Pin the database and the log at one position."""
+    def open_snapshot(self, have: PageChecksums | None = None) -> AbstractAsyncContextManager[SnapshotStream]:
+        """Pin the database and the log at one position. With `have` the snapshot may be sparse: only the pages that
+        differ from those."""
         ...
 
     def record_ack(self, node_id: str, durable: Position, applied: Position, *, voter: bool) -> None:
@@ -177,6 +180,8 @@ class Feed:
         self._wall_clock = wall_clock
         self._wake = asyncio.Event()
         self._installed = asyncio.Event()
+        self._comparison = Comparison()
+        self._compared = asyncio.Event()
         self._told_acked = Position(0, 0)
         self._unacked: deque[tuple[Position, int]] = deque()  # (end of a batch, sent_bytes by then)
         self._acked_bytes = 0
@@ -236,17 +241,17 @@ class Feed:
 
     def _welcome(self, answer: FromLog | FromSnapshot) -> Welcome:
         source = self._source
-        from_log = isinstance(answer, FromLog)
         return Welcome(
             node_id=source.node_id,
             name=source.name,
             term=self._term,
-            source=StreamSource.LOG if from_log else StreamSource.SNAPSHOT,
+            source=_stream_source(answer),
             position=answer.position if isinstance(answer, FromLog) else source.watermarks.durable,
             keep_from=self._holds.keep_from(),
-            history=source.watermarks.history.starts()[-MAX_HISTORY:],
+            history=_history(source)[-MAX_HISTORY:],
             acked=source.watermarks.acked,
             why=answer.why if isinstance(answer, FromSnapshot) else "",
+            differs=isinstance(answer, FromSnapshot) and answer.differs,
         )
 
     # the three loops
@@ -264,6 +269,10 @@ class Feed:
             for event in self._protocol.receive_data(data):
                 if isinstance(event, Goodbye):
                     raise Ended(str(event))
+                if isinstance(event, PagesReceived):
+                    self._comparison.receive(event.data)
+                    if self._comparison.complete:
+                        self._compared.set()
                 if isinstance(event, Ack):
                     ack = event  # the latest wins; acks only grow
             if ack is not None:
@@ -296,7 +305,7 @@ class Feed:
 
     async def _ship(self, answer: FromLog | FromSnapshot) -> None:
         if isinstance(answer, FromSnapshot):
-            await self._seed()
+            await self._seed(sparse=answer.sparse)
         else:
             self.sent = answer.position
         while self._protocol.phase is Phase.STREAMING:
@@ -366,8 +375,13 @@ class Feed:
         self.sent_bytes += size_bytes
         self._unacked.append((position, self.sent_bytes))
 
-    async def _seed(self) -> None:
-        async with self._source.open_snapshot() as snapshot:
+    async def _seed(self, *, sparse: bool) -> None:
+        have: PageChecksums | None = None
+        if sparse:
+            await self._compared.wait()
+            have = await in_thread(self._comparison.result)
+        async with self._source.open_snapshot(have) as snapshot:
+            have = None
             header = snapshot.header
             self._holds.hold(self.hello, header.position)
             await self._write(self._protocol.send_snapshot_header(header))
@@ -417,6 +431,20 @@ class Feed:
         if self._source.term != self._term:
             self.stop(GoodbyeReason.TERM_ENDED, f"this node no longer leads in term {self._term}")
             raise Ended("the term ended")
+
+
+def _history(source: Source) -> tuple[tuple[int, int], ...]:
+    """Where the terms in the leader's log began. Only of times that the log has forgotten other sources may speak: they
+    know terms as well that left nothing in it, and by those a follower would think its orphans to be history."""
+    logged = source.log.terms().starts()
+    oldest = min([term for term, _ in logged], default=source.term + 1)
+    return tuple(start for start in source.watermarks.history.starts() if start[0] < oldest) + logged
+
+
+def _stream_source(answer: FromLog | FromSnapshot) -> StreamSource:
+    if isinstance(answer, FromLog):
+        return StreamSource.LOG
+    return StreamSource.PAGES if answer.sparse else StreamSource.SNAPSHOT
 
 
 def whole_records(data: bytearray) -> int:

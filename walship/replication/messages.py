@@ -35,7 +35,7 @@ __all__ = [
     "Welcome",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_HISTORY = 4096  # newest terms a welcome tells of; well inside one record
 _MAX_NAME = 128
 _MAX_TEXT = 4096
@@ -47,10 +47,12 @@ ACK_LAYOUT = struct.Struct(">QQQQIQ")
 
 
 class StreamSource(StrEnum):
-    """What follows a welcome: frames from the log, or a whole snapshot first."""
+    """What follows a welcome: frames from the log, or a whole snapshot first, or (PAGES) the follower's page checksums
+    and then a snapshot of only what differs."""
 
     LOG = "log"
     SNAPSHOT = "snapshot"
+    PAGES = "pages"
 
 
 class RefusalReason(StrEnum):
@@ -95,6 +97,7 @@ class Hello:
 
     `cluster`, `node_id` are hex; `boot_nonce` tells two processes with one id apart (R3). `tip` is None when the
     follower wants a snapshot: because it is empty, or because of what `reseed` says. `page_size` is 0 when unknown.
+    `comparable`: its copy is sound and its page checksums are known, so a snapshot may leave out what it has.
     """
 
     protocol: int
@@ -107,6 +110,7 @@ class Hello:
     voter: bool
     page_size: int
     reseed: str | None = None
+    comparable: bool = False
 
     def __post_init__(self) -> None:
         _check_texts(self.cluster, self.node_id, self.name, self.boot_nonce, most=_MAX_NAME)
@@ -137,7 +141,8 @@ class Welcome:
 
     `position` is where the frames continue (source LOG) or, roughly, what the snapshot will be of (SNAPSHOT; its
     header has the exact one). `keep_from`: a txid; the log after it should be kept (R9). `history`: (term, start
-    txid) pairs, ascending. `why` says why a snapshot comes although the follower has a log.
+    txid) pairs of the leader's log, ascending. `why` says why a snapshot comes although the follower has a log;
+    `differs` that the follower's tip is not in the leader's history.
     """
 
     node_id: str
@@ -149,6 +154,7 @@ class Welcome:
     history: tuple[tuple[int, int], ...]
     acked: Position
     why: str = ""
+    differs: bool = False
 
     def __post_init__(self) -> None:
         _check_texts(self.node_id, self.name, self.why)

@@ -47,6 +47,7 @@ __all__ = [
     "FrameReceived",
     "LeaderEvent",
     "LeaderProtocol",
+    "PagesReceived",
     "Phase",
     "SnapshotBegan",
     "SnapshotEnded",
@@ -65,6 +66,7 @@ class Phase(Enum):
     GREETING = auto()  # the follower's hello is due
     ANSWERING = auto()  # the leader's welcome or refusal is due
     STREAMING = auto()  # frames and acks flow
+    COMPARING = auto()  # the follower says what it has; then comes a snapshot of the rest
     SEEDING = auto()  # a snapshot was promised; its header is due
     SNAPSHOT = auto()  # inside a snapshot
     INSTALLING = auto()  # the snapshot is complete; the follower verifies and installs it, frames wait
@@ -77,8 +79,10 @@ class Step(Enum):
     HELLO = auto()
     WELCOME_LOG = auto()
     WELCOME_SNAPSHOT = auto()
+    WELCOME_PAGES = auto()
     REFUSAL = auto()
     FRAME = auto()
+    PAGES = auto()
     SNAPSHOT_HEADER = auto()
     SNAPSHOT_PART = auto()
     SNAPSHOT_END = auto()
@@ -93,6 +97,7 @@ PHASES: dict[Phase, dict[Step, Phase]] = {
     Phase.ANSWERING: {
         Step.WELCOME_LOG: Phase.STREAMING,
         Step.WELCOME_SNAPSHOT: Phase.SEEDING,
+        Step.WELCOME_PAGES: Phase.COMPARING,
         Step.REFUSAL: Phase.CLOSED,
         Step.GOODBYE: Phase.CLOSED,
     },
@@ -100,6 +105,13 @@ PHASES: dict[Phase, dict[Step, Phase]] = {
         Step.FRAME: Phase.STREAMING,
         Step.HEARTBEAT: Phase.STREAMING,
         Step.ACK: Phase.STREAMING,
+        Step.GOODBYE: Phase.CLOSED,
+    },
+    Phase.COMPARING: {
+        Step.PAGES: Phase.COMPARING,
+        Step.SNAPSHOT_HEADER: Phase.SNAPSHOT,
+        Step.HEARTBEAT: Phase.COMPARING,
+        Step.SEEDING_ACK: Phase.COMPARING,
         Step.GOODBYE: Phase.CLOSED,
     },
     Phase.SEEDING: {
@@ -126,6 +138,11 @@ PHASES: dict[Phase, dict[Step, Phase]] = {
     Phase.CLOSED: {},
 }
 
+_WELCOMES = {
+    StreamSource.LOG: Step.WELCOME_LOG,
+    StreamSource.SNAPSHOT: Step.WELCOME_SNAPSHOT,
+    StreamSource.PAGES: Step.WELCOME_PAGES,
+}
 _FRAME_KINDS = frozenset((Kind.FRAME_HEADER, Kind.FRAME_PART, Kind.FRAME_END))
 _SNAPSHOT_STEPS = {
     Kind.SNAPSHOT_HEADER: Step.SNAPSHOT_HEADER,
@@ -188,7 +205,14 @@ class SnapshotEnded:
     header: SnapshotHeader
 
 
-LeaderEvent = Hello | Ack | Goodbye
+@dataclass(frozen=True, slots=True)
+class PagesReceived:
+    """The next bytes of the follower's page checksum record (docs/format.md 3)."""
+
+    data: bytes
+
+
+LeaderEvent = Hello | Ack | Goodbye | PagesReceived
 FollowerEvent = (
     Welcome
     | Refusal
@@ -264,6 +288,9 @@ class LeaderProtocol(_Protocol[LeaderEvent]):
             ack = Ack.parse(record.body)
             self._step(Step.SEEDING_ACK if ack.is_seeding else Step.ACK)
             return ack
+        if record.kind is Kind.PAGE_CHECKSUMS:
+            self._step(Step.PAGES)
+            return PagesReceived(record.body)
         if record.kind is Kind.HELLO:
             self._step(Step.HELLO)
             return Hello.parse(record.body)
@@ -274,7 +301,7 @@ class LeaderProtocol(_Protocol[LeaderEvent]):
 
     def send_welcome(self, welcome: Welcome) -> bytes:
         """Return the WELCOME; `welcome.source` decides what may follow."""
-        self._step(Step.WELCOME_LOG if welcome.source is StreamSource.LOG else Step.WELCOME_SNAPSHOT)
+        self._step(_WELCOMES[welcome.source])
         return encode_record(Kind.WELCOME, welcome.to_body())
 
     def send_refusal(self, refusal: Refusal) -> bytes:
@@ -328,6 +355,7 @@ class FollowerProtocol(_Protocol[FollowerEvent]):
         self.tip = hello.tip
         self._hello = hello
         self._own = own
+        self._compared = False
         self._history = TermHistory()
         self._cluster = bytes.fromhex(hello.cluster)
         self._frames = FrameAssembler()
@@ -349,6 +377,11 @@ class FollowerProtocol(_Protocol[FollowerEvent]):
             raise ProtocolViolation("an ack must wait until the snapshot is installed")
         self._step(Step.SEEDING_ACK if ack.is_seeding else Step.ACK)
         return encode_record(Kind.ACK, ack.to_body())
+
+    def send_pages(self, data: bytes) -> bytes:
+        """Return a record with the next bytes of this node's page checksum record, at most MAX_BODY of them."""
+        self._step(Step.PAGES)
+        return encode_record(Kind.PAGE_CHECKSUMS, data)
 
     def send_installed(self, ack: Ack) -> bytes:
         """Return the first real ACK after a snapshot: the database is replaced, frames may come."""
@@ -392,10 +425,12 @@ class FollowerProtocol(_Protocol[FollowerEvent]):
         if welcome.source is StreamSource.LOG:
             if self.tip is None or welcome.position != self.tip.position:
                 raise ProtocolViolation(f"{welcome}, but the hello said {self._hello}")
-            self._step(Step.WELCOME_LOG)
         else:
-            self._step(Step.WELCOME_SNAPSHOT)
+            if welcome.source is StreamSource.PAGES and not self._hello.comparable:
+                raise ProtocolViolation(f"{welcome}, but this node's pages cannot be compared")
+            self._compared = welcome.source is StreamSource.PAGES
             self.tip = None
+        self._step(_WELCOMES[welcome.source])
         self.term = welcome.term
         self._history = TermHistory(welcome.history)
         return welcome
@@ -457,6 +492,8 @@ class FollowerProtocol(_Protocol[FollowerEvent]):
             raise ProtocolViolation(f"{header} is of cluster {header.cluster.hex()}, not of {self._cluster.hex()}")
         if header.position.term > self.term:
             raise ProtocolViolation(f"{header} came in a stream of term {self.term}")
+        if header.sparse and not self._compared:
+            raise ProtocolViolation(f"{header} came, but nothing was said of what this node has")
         if self._hello.voter and self._own is not None and is_below(header.position, self._own, self._history):
             raise HistoryMismatch(
                 f"the leader offers a {header}, but this voter holds {self._own} and takes nothing below it (R9). "
@@ -465,9 +502,12 @@ class FollowerProtocol(_Protocol[FollowerEvent]):
 
 
 def is_below(snapshot: Position, own: Position, history: TermHistory) -> bool:
-    """True iff taking a snapshot at `snapshot` would certainly drop something that a node at `own` holds (R9).
+    """True iff taking a snapshot at `snapshot` would take back what a voter at `own` may have acknowledged (R9).
 
-    `history` may be partial (a leader's log forgets old terms), so "not known to cover" is no proof; it is one that
-    the term or the txid is lower, or that a known later term began before `own`.
+    What lies past the point where a known later term began was never acknowledged by the cluster's rule, as that term
+    could not have begun there otherwise (failover.md 3.4): it is kept as an orphan and given up (R12). Everything else
+    has to be in the snapshot.
     """
-    return snapshot.term < own.term or snapshot.txid < own.txid or history.lost(own)
+    if history.lost(own):
+        return snapshot.term <= own.term
+    return snapshot.term < own.term or snapshot.txid < own.txid

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from walship.errors import Fenced, HistoryMismatch, Refused, StorageFailed, Unavailable, WalshipError
 from walship.formats.frame import FrameHeader, SnapshotHeader
 from walship.formats.position import Position, Tip
+from walship.replication.comparison import pieces
 from walship.replication.hangup import send
 from walship.replication.messages import (
     PROTOCOL,
@@ -86,6 +87,16 @@ class Sink(Protocol):
     @property
     def voter(self) -> bool: ...
 
+    @property
+    def comparable(self) -> bool:
+        """True while the copy is sound, and small enough, to be compared page by page with the leader's."""
+        ...
+
+    async def page_checksums(self) -> bytes:
+        """The page checksum record of what the database holds; it changes no more until this connection ends, or a
+        seed is installed. Raises Unavailable."""
+        ...
+
     def promise(self, term: int) -> None:
         """Make the promise durable before returning. Runs in a worker thread."""
         ...
@@ -116,8 +127,9 @@ class Sink(Protocol):
 
     async def seed(self, header: SnapshotHeader) -> Seed: ...
 
-    def history(self, terms: list[tuple[int, int]]) -> None:
-        """Learn where terms began."""
+    def history(self, terms: list[tuple[int, int]], *, differs: bool) -> None:
+        """A connection begins: learn where the terms of the leader's log began, and whether it says that this node's
+        tip is not in its history."""
         ...
 
     def mismatch(self, error: HistoryMismatch) -> None:
@@ -194,6 +206,7 @@ class Receiver:
             voter=sink.voter,
             page_size=sink.page_size,
             reseed=reseed,
+            comparable=sink.comparable,
         )
         self.seeded = False
         self._sink = sink
@@ -231,7 +244,7 @@ class Receiver:
 
     @property
     def is_seeding(self) -> bool:
-        return self._protocol.phase in (Phase.SEEDING, Phase.SNAPSHOT, Phase.INSTALLING)
+        return self._protocol.phase in (Phase.COMPARING, Phase.SEEDING, Phase.SNAPSHOT, Phase.INSTALLING)
 
     async def run(self) -> None:
         """Talk until the connection ends; always ends by raising, the worst error when there are several.
@@ -284,7 +297,7 @@ class Receiver:
         if welcome.term > self._sink.promised:
             await in_thread(self._sink.promise, welcome.term)
         self._check_fence()
-        self._sink.history(list(welcome.history))
+        self._sink.history(list(welcome.history), differs=welcome.differs)
         self._tally.connections += 1
         self._tally.leader_name, self._tally.term = welcome.name, welcome.term
         self._heard = Heartbeat(_NOWHERE, welcome.acked, 0, welcome.keep_from, 0)
@@ -370,6 +383,10 @@ class Receiver:
 
     async def _acknowledge(self) -> None:
         await self._welcomed.wait()
+        if self._protocol.phase is Phase.COMPARING:
+            await self._send(self._protocol.send_ack(Ack.seeding()))
+            for piece in pieces(await self._sink.page_checksums()):
+                await self._send(self._protocol.send_pages(piece) + self._protocol.send_ack(Ack.seeding()))
         while self.is_seeding:
             await self._send(self._protocol.send_ack(Ack.seeding()))
             try:

@@ -17,12 +17,14 @@ __all__ = ["MAX_SNAPSHOT_TOKENS", "SNAPSHOT_LAYOUT", "SnapshotHeader"]
 MAX_SNAPSHOT_TOKENS = 16384  # 656 KiB, so the header stays one record; a sender with more raises complete_since
 
 SNAPSHOT_LAYOUT = struct.Struct(">4s16sIQQQIIqQQI")
-_SNAPSHOT_MAGIC = b"WSS2"
+_WHOLE_MAGIC = b"WSS2"
+_SPARSE_MAGIC = b"WSP2"
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotHeader:
-    """The whole database at one position; the payload is one LTX snapshot (minTXID 1).
+    """The database at one position. The payload is one LTX snapshot (minTXID 1); of a `sparse` one it is an LTX file
+    with only those pages that the receiver has not, for the very state whose page checksums it sent.
 
     `tokens` are the commit tokens still kept (R19), all of those of commits after `complete_since`. Raises
     CorruptRecord when the fields contradict each other.
@@ -37,6 +39,7 @@ class SnapshotHeader:
     time_ms: int
     complete_since: Position
     tokens: tuple[CommitToken, ...] = ()
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         check_identity("snapshot", self.cluster, self.database)
@@ -55,7 +58,7 @@ class SnapshotHeader:
     def to_body(self) -> bytes:
         """Return the body of the SNAPSHOT_HEADER record."""
         fixed = SNAPSHOT_LAYOUT.pack(
-            _SNAPSHOT_MAGIC,
+            _SPARSE_MAGIC if self.sparse else _WHOLE_MAGIC,
             self.cluster,
             self.database,
             self.position.term,
@@ -73,14 +76,14 @@ class SnapshotHeader:
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Read the body of a SNAPSHOT_HEADER record. Raises CorruptRecord for anything else."""
-        if len(body) < SNAPSHOT_LAYOUT.size or body[:4] != _SNAPSHOT_MAGIC:
+        if len(body) < SNAPSHOT_LAYOUT.size or body[:4] not in (_WHOLE_MAGIC, _SPARSE_MAGIC):
             raise CorruptRecord(f"not a snapshot header: {len(body)} bytes that begin with {body[:4]!r}")
-        (_, cluster, database, term, txid, checksum, commit, page_size, time_ms, since_term, since_txid, count) = (
+        (magic, cluster, database, term, txid, checksum, commit, page_size, time_ms, since_term, since_txid, count) = (
             SNAPSHOT_LAYOUT.unpack_from(body)
         )
         tokens = parse_tokens("snapshot", body, SNAPSHOT_LAYOUT.size, count)
         position, since = Position(term, txid), Position(since_term, since_txid)
-        return cls(cluster, database, position, checksum, commit, page_size, time_ms, since, tokens)
+        return cls(cluster, database, position, checksum, commit, page_size, time_ms, since, tokens, magic == _SPARSE_MAGIC)
 
     def __str__(self) -> str:
-        return f"snapshot of {self.tip} in pages of {self.page_size}"
+        return f"{'sparse ' if self.sparse else ''}snapshot of {self.tip} in pages of {self.page_size}"
