@@ -12,7 +12,7 @@ from proxy.streams import StreamLimits
 from tests.node.socket_client import Socket, connected
 from tests.proxy.conftest import Cluster, Start
 from tests.waiting import eventually
-from walship.formats.link import Reason, Verb
+from walship.formats.link import Outcome, Reason, Verb
 
 
 async def run(client: Socket, sql: str, stream: int = 1) -> list[list[Any]]:
@@ -130,6 +130,7 @@ async def test_a_refusal_of_the_whole_request_is_its_error(start: Start) -> None
         cluster.leader.refusals.append(Reason.OVERLOADED)
         error = await client.fails("execute", stream_id=1, stmt={"sql": "CREATE TABLE t(a)"})
         assert error["code"] == "WALSHIP_OVERLOADED"
+        cluster.leader.outcomes.append(Outcome.UNKNOWN)
         cluster.leader.break_after_running = 1
         error = await client.fails("execute", stream_id=1, stmt={"sql": "CREATE TABLE t(a)"})
         assert error["code"] == "WALSHIP_OUTCOME_UNKNOWN"

@@ -19,6 +19,7 @@ from walship.node.deathwatch import hold_life_lock
 from walship.node.http_server import serving
 from walship.node.join import join, lock_directory
 from walship.node.node import Node
+from walship.node.relay import RELAY_PATH, Relay
 from walship.replication.peer import PATH as PEER_PATH
 
 __all__ = ["run"]
@@ -47,10 +48,15 @@ async def run(config: NodeConfig) -> int:
                 drain_seconds=config.drain_seconds,
                 routes=node.embedded.routes(),
             )
+            relay = Relay(
+                lambda: None if node.leading is not None else node.leader_url,
+                credential=member.record.credential("link"),
+            )
             upgrades = {
                 "/walship/link": node.links.serve,
                 "/walship/replication": node.serve_replication,
                 PEER_PATH: node.elector.serve,
+                RELAY_PATH: relay.serve,
             }
             credentials = {path: member.record.credential(path.rpartition("/")[2]) for path in upgrades}
             async with serving(
