@@ -24,8 +24,9 @@ def main() -> int:
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(Options(), name))
     parser.add_argument("--json", type=Path, help="directory that gets NAME-T.json for each scenario")
+    parser.add_argument("--keep", type=Path, help="directory that gets the files of a cluster that went wrong")
     given = parser.parse_args()
-    options = Options(given.runs, given.lease, given.minutes, given.seed, given.rate, given.ack, _say)
+    options = Options(given.runs, given.lease, given.minutes, given.seed, given.rate, given.ack, _say, given.keep)
     wrong = False
     for name in SCENARIOS if "all" in given.names else given.names:
         report = SCENARIOS[name](options)

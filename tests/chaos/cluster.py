@@ -88,7 +88,7 @@ class ChaosCluster:
         if self.etcd is not None:
             self.etcd.start()
         self.start(self.nodes[0])
-        eventually(lambda: self.status(self.nodes[0]), "the founder answers", timeout_seconds=START_SECONDS)
+        self.wait_answers(self.nodes[0])
         for name in [*self.nodes[1:], *self.proxies]:
             self.start(name)
         self.wait_whole(START_SECONDS)
@@ -111,6 +111,15 @@ class ChaosCluster:
             words = ["proxy", *words, *self._proxy_words]
         # Proxies at an etcd prove their death by locks in the temporary directory.
         process.start(words, prefix=self._prefix(name), environ={"TMPDIR": str(self.root), **(environ or {})})
+
+    def wait_answers(self, name: str) -> None:
+        process = self.processes[name]
+
+        def answers() -> bool:
+            assert process.alive, f"{name} ended; its log ends:\n{process.log_tail()}"
+            return bool(self.status(name))
+
+        eventually(answers, f"{name} answers", timeout_seconds=START_SECONDS)
 
     def kill(self, *names: str) -> None:
         """kill -9 of all of them: the signals go out together, then they are waited for."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -88,8 +90,12 @@ def scenario(
     rate: float = 200.0,
     reads: float = 20.0,
     say: Callable[[str], None] = lambda _: None,
+    keep: Path | None = None,
 ) -> Iterator[Scenario]:
-    """A begun cluster under load; at the end all is judged into the report. `settings` are the cluster's."""
+    """A begun cluster under load; at the end all is judged into the report. `settings` are the cluster's.
+
+    `keep`: where the files of a cluster are copied when there are complaints.
+    """
     report = Report(name, settings={"rate": rate, "seed": seed, **settings}, say=say)
     with tempfile.TemporaryDirectory(prefix=f"walship-chaos-{name}-") as root:
         cluster = ChaosCluster(Path(root), **settings)  # type: ignore[arg-type]
@@ -104,6 +110,8 @@ def scenario(
                     report.complaints.append(f"ended early: {error}")
             with contextlib.suppress(AssertionError):
                 _judge(found)
+            if report.complaints and keep is not None:
+                shutil.copytree(root, keep / f"{name}-{os.getpid()}", ignore_dangling_symlinks=True)
         report.finish()
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tests.chaos import faults
 from tests.chaos.cluster import ETCD, ChaosCluster
@@ -37,10 +38,11 @@ class Options:
     rate: float = 200.0
     ack: int = 1
     say: Callable[[str], None] = lambda _: None
+    keep: Path | None = None  # where files of a cluster that went wrong are copied
 
     def open(self, name: str, **settings: object) -> AbstractContextManager[Scenario]:
         settings = {"lease": self.lease, "ack": self.ack, **settings}
-        return scenario(name, settings, seed=self.seed, rate=self.rate, say=self.say)
+        return scenario(name, settings, seed=self.seed, rate=self.rate, say=self.say, keep=self.keep)
 
 
 def kill_leader(options: Options) -> Report:
