@@ -90,6 +90,12 @@ class NodeMetrics(Metrics):
         self.history_mismatches = self._counter(
             "walship_history_mismatches", "Times this node's history differed from its leader's and it re-seeded"
         )
+        self.tokens = self._gauge("walship_tokens", "Commit tokens this node knows, of the last two minutes")
+        self.outcomes = self._counter(
+            "walship_outcomes",
+            "Answers of this leader to what became of a write: done, running, not_done, unknown",
+            ["outcome"],
+        )
         self.reconnects = self._counter("walship_reconnects", "Replication connections this follower had to open")
         self.election_seconds = self._histogram(
             "walship_election_seconds", "Seconds of each phase of this node's candidacies", _HOLD_BUCKETS, ["phase"]

@@ -235,6 +235,11 @@ class Writer:
         await asyncio.shield(self._stopped)
         self._unsubscribe()
 
+    @property
+    def serving(self) -> bool:
+        """Does this leader still run and answer writes?"""
+        return not self._ended and not self._retiring and self._live()
+
     def statistics(self) -> WriterStatistics:
         c = self._counters
         failed = str(self.failed) if self.failed else None

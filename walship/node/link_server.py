@@ -19,6 +19,7 @@ from typing import Final, cast
 
 import msgspec
 
+from walship.engine.tokens import Name
 from walship.errors import Behind, Draining, Fenced, Overloaded, ProtocolViolation, Unavailable, WalshipError
 from walship.formats import link
 from walship.formats.position import Position
@@ -54,6 +55,7 @@ class LinkServer:
         on_change: registers a callback for changes of the status (watermarks, role) and returns its end;
             `Watermarks.on_change` has this shape.
         position_for: answers READ_INDEX: (level, patience in seconds) to a position.
+        outcome_of: answers OUTCOME; see `walship.node.outcomes`.
         stand: a proxy asks this node to stand for election.
         joined: False while what this node shows may be no history (failover.md I21): `session` is refused then.
     """
@@ -65,11 +67,13 @@ class LinkServer:
         on_change: Callable[[Callable[[], None]], Callable[[], None]],
         *,
         position_for: Callable[[Level, float], Awaitable[Position]] | None = None,
+        outcome_of: Callable[[Name, Position, float], Awaitable[tuple[link.OutcomeBody, Position]]] | None = None,
         stand: Callable[[], None] | None = None,
         joined: Callable[[], bool] = lambda: True,
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
         self.position_for = position_for
+        self.outcome_of = outcome_of
         self.stand = stand
         self.joined = joined
         self.service = service
@@ -268,6 +272,8 @@ class _Link:
                 await self._dump(request)
             elif request.verb is link.Verb.READ_INDEX:
                 await self._position(request)
+            elif request.verb is link.Verb.OUTCOME:
+                await self._outcome(request)
             elif request.verb is link.Verb.STAND:
                 self._stand(request)
             else:
@@ -281,12 +287,18 @@ class _Link:
             if not self._in_flight:
                 self._none_left.set()
 
-    def _call(self, request: link.Request) -> Call:
+    def _check_term(self, request: link.Request) -> None:
         status = self._server.status()
         if status.role is link.Role.LEADER and status.term < request.min_term:
             raise Fenced(f"this node leads term {status.term}, the proxy knows of term {request.min_term}")
+
+    def _call(self, request: link.Request) -> Call:
+        self._check_term(request)
         if request.level is not link.ReadLevel.ANY and not self._server.joined():
             raise Behind("this node has not followed a leader since it started or led; nothing was run. Ask another")
+        name = (request.incarnation, request.seq)
+        if name != link.NO_TOKEN and not request.term:
+            raise ProtocolViolation("link: a request with a commit token is bound to no term; nothing was run")
         return Call(
             requests=[],
             stream=request.stream,
@@ -297,6 +309,8 @@ class _Link:
             wait_seconds=request.wait_ms / 1000,
             ack=None if request.ack < 0 else request.ack,
             version=request.version,
+            term=request.term,
+            token=None if name == link.NO_TOKEN else name,
         )
 
     async def _pipeline(self, request: link.Request) -> None:
@@ -324,6 +338,14 @@ class _Link:
             raise ProtocolViolation("link: this node stands for no election")
         self._server.stand()
         self._send(link.Reply(request.id, b"", link.NO_POSITION).to_bytes())
+
+    async def _outcome(self, request: link.Request) -> None:
+        if self._server.outcome_of is None:
+            raise ProtocolViolation("link: this node tells no outcomes")
+        self._check_term(request)
+        name = (request.incarnation, request.seq)
+        body, position = await self._server.outcome_of(name, request.floor, request.wait_ms / 1000)
+        self._send(link.Reply(request.id, body.to_bytes(), position).to_bytes())
 
     async def _dump(self, request: link.Request) -> None:
         asked = json.decode_body(_DUMP, request.body)

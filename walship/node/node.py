@@ -58,6 +58,7 @@ from walship.node.embedded import EmbeddedReplicas
 from walship.node.join import Membership
 from walship.node.leading import Leading, boottime
 from walship.node.link_server import LinkServer
+from walship.node.outcomes import Outcomes
 from walship.node.recover import recover
 from walship.node.report import Report
 from walship.node.role import Event, Role, next_role
@@ -127,6 +128,7 @@ class Node:
             self.report.link_status,
             self._on_change,
             position_for=self.position_for,
+            outcome_of=Outcomes(self, lambda outcome: self.report.numbers.outcomes.labels(outcome.value).inc()).of,
             stand=self.elector.stand,
             joined=lambda: self.joined,
         )

@@ -230,6 +230,7 @@ class Report:
             self._count_to(metrics.history_mismatches, subscribed.mismatches)
             self._count_to(metrics.reconnects, subscribed.connections)
         if node.replica is not None:
+            metrics.tokens.set(len(node.replica.log.tokens))
             metrics.log_bytes.set(node.replica.log.statistics().size_bytes)
             metrics.wal_bytes.set(node.replica.database.wal_size_bytes())
         if node.publisher is not None:
