@@ -122,9 +122,9 @@ class Network:
             self._nft(name, f"flush set ip {self._bridge} cut")
 
     def close(self) -> None:
+        _remove_bridge(self._bridge)
         for name in self._names:
             _end_space(self._space(name))
-        _remove_bridge(self._bridge)
 
     @property
     def _bridge(self) -> str:
@@ -167,9 +167,9 @@ def _sweep() -> None:
         bridge, alias = link.get("ifname", ""), link.get("ifalias", "")
         pid = alias.split(" ")[0]
         if bridge.startswith("wsnet") and pid.isdecimal() and alias != _owner(int(pid)):
+            _remove_bridge(bridge)
             for space in Path("/run/netns").glob(f"{bridge}-*"):
                 _end_space(space.name)
-            _remove_bridge(bridge)
 
 
 def _owner(pid: int) -> str:
@@ -190,7 +190,13 @@ def _end_space(space: str) -> None:
 
 
 def _remove_bridge(bridge: str) -> None:
-    for words in (["nft", f"delete table ip {bridge}"], ["ip", "link", "delete", bridge]):
+    """Its links first: the kernel would remove those of a deleted namespace only some time later, names and all."""
+    links = [path.name for path in Path(f"/sys/class/net/{bridge}/brif").glob("*")]
+    for words in (
+        *(["ip", "link", "delete", link] for link in links),
+        ["nft", f"delete table ip {bridge}"],
+        ["ip", "link", "delete", bridge],
+    ):
         with contextlib.suppress(RuntimeError):
             _run(words)
 
