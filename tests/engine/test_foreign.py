@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -24,9 +25,11 @@ from tests.engine.nodes import (
     scanned,
 )
 from tests.waiting import eventually
+from walship.engine.apply import Applier
 from walship.engine.database import Database
 from walship.engine.orphans import ORPHANS, Manifest, Reason, list_orphans
 from walship.engine.snapshot import Snapshot
+from walship.errors import CorruptDatabase
 from walship.formats import ltx
 
 SETUP = ("CREATE TABLE t(id INTEGER PRIMARY KEY, body)",)
@@ -119,8 +122,41 @@ class TestLive:
             assert only(follower.directory).pages == 1
             await follower.seed(leader.leader.pin_snapshot)
 
+    async def test_a_generation_that_came_and_went_is_not_missed(self, tmp_path: Path) -> None:
+        async with cluster(tmp_path, setup=SETUP) as (leader, follower):
+            replayer = follower.follower._replayer
+            assert replayer is not None
+            assert await follower.follower.run_between_batches(lambda: replayer._empty(5.0))
+            base = image_of(leader.database)
+            with outside() as other:
+                ask(other, "open", str(follower.directory / "data.db"))
+                follower.database.fence.release()
+                ask(other, "run", "INSERT INTO t VALUES(600, 'one')")
+                ask(other, "run", "PRAGMA wal_checkpoint(TRUNCATE)")
+                ask(other, "run", "CREATE TABLE other(x)")
+                await follower.follower.run_between_batches(lambda: None)
+                await eventually(lambda: not follower.follower.sound)
+                ask(other, "close")
+            assert rows_of(follower.directory, only(follower.directory), base, tmp_path / "orphan.db") == [(600, "one")]
+            await follower.seed(leader.leader.pin_snapshot)
+
 
 class TestStepDown:
+    def test_what_is_captured_is_told_from_what_is_not(self, tmp_path: Path) -> None:
+        """Also when the commit is copied into the file at once, and the -wal emptied."""
+        leader = LeaderNode(tmp_path / "n", setup=SETUP)
+        leader.commit("INSERT INTO t VALUES(1, 'x')")
+        with outside() as other:
+            ask(other, "open", str(tmp_path / "n" / "data.db"))
+            ask(other, "run", "INSERT INTO t VALUES(600, 'late')")
+            leader.database.left = leader.leader._captured_header()
+            leader.leader.abandon()
+            assert ask(other, "run", "PRAGMA wal_checkpoint(TRUNCATE)").startswith("[(0,")
+            ask(other, "close")
+        with pytest.raises(CorruptDatabase, match="somebody else wrote"):
+            Applier(leader.database).hold()
+        leader.replica.close()
+
     async def test_what_is_committed_after_the_last_capture_is_an_orphan(self, tmp_path: Path) -> None:
         """Somebody was writing when this node stopped leading: SEAL does not wait, and the commit is not history."""
         leader = LeaderNode(tmp_path / "n", setup=SETUP)
@@ -155,6 +191,13 @@ class TestStepDown:
         assert read(node.database, "SELECT body FROM t") == [("x",), ("history",)]
         assert scanned(node.database) == tip.checksum
         await node.stop()
+
+
+async def leader_goes_on(leader: LeaderNode, follower: FollowerNode) -> None:
+    leader.commit("INSERT INTO t VALUES(500, 'more')")
+    await follower.catch_up(leader)
+    assert scanned(follower.database) == leader.tip.checksum
+    assert not follower.failures
 
 
 def following(leader: LeaderNode, directory: Path) -> FollowerNode:
@@ -202,8 +245,10 @@ class TestAtStart:
                 theirs = ask(other, "run", "SELECT id, length(body) FROM t WHERE id >= 600")
                 if closed:
                     ask(other, "close")  # copies everything into the file and deletes the -wal
-                _, _, replica = open_replica(directory, "b")
-            assert replica is None, "it asks for a snapshot, and serves nothing until then"
+                again = FollowerNode(directory)
+                assert not again.follower.sound
+                if not closed:
+                    assert ask(other, "run", "INSERT INTO t VALUES(700, 'late')").endswith("locked")
             kept = rows_of(
                 directory,
                 only(directory),
@@ -212,11 +257,21 @@ class TestAtStart:
                 "SELECT id, length(body) FROM t WHERE id >= 600",
             )
             assert repr(kept) == theirs
+            await again.stop()
             again = FollowerNode(directory)
             assert len(list_orphans(directory)) == 1, "found again, kept once"
+            shown = asyncio.ensure_future(again.follower.until_acknowledged())
+            await again.follower.run_between_batches(lambda: None)
+            assert not shown.done()
             await again.seed(leader.leader.pin_snapshot)
+            await shown
             assert scanned(again.database) == leader.tip.checksum
+            await leader_goes_on(leader, again)
             await again.stop()
+            _, _, replica = open_replica(directory, "b")
+            assert replica is not None
+            assert replica.foreign is None
+            replica.close()
 
     @pytest.mark.parametrize("crashed", [False, True], ids=["stopped", "crashed"])
     async def test_an_untouched_copy_is_not_compared_page_by_page(

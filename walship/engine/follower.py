@@ -126,6 +126,7 @@ class Follower:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._progressed = asyncio.Event()
+        self._installed = asyncio.Event()  # a seed was
         self._needs_seed = replica is None
         self._broken: str | None = None  # why this copy must be replaced, found here and not yet told the subscriber
         self._damaged = False  # the database is not what its page checksums say: a new copy has to be a whole one
@@ -147,6 +148,8 @@ class Follower:
             self._start(replica)
             if replica.differing:
                 self.replace(f"{len(replica.differing)} pages of the file are not what the log's history gives")
+            if replica.foreign is not None:
+                self.replace(replica.foreign)
 
     # --- Sink: what the subscriber asks -----------------------------------------------------------------------
 
@@ -320,6 +323,8 @@ class Follower:
 
         Both apply all they are given, since a state in the middle would need pages that are not there any more.
         """
+        if self.replica is not None and self.replica.foreign is not None:
+            await self._installed.wait()  # nobody is shown what was never history
         marks = self.watermarks
         while not self._applies_at_once:
             applied = marks.applied
@@ -383,6 +388,7 @@ class Follower:
         self._compared = None
         self._diverged = self._differs = False
         self._start(replica)
+        self._installed.set()
         self._on_replica(replica)
 
     # --- inside -----------------------------------------------------------------------------------------------
@@ -393,7 +399,7 @@ class Follower:
         tip = replica.log.tip.position
         for term, start in replica.log.terms().starts():
             marks.add_term(term, start)
-        if self._state.state.truth is Truth.LOG and replica.database.left is None:
+        if self._state.state.truth is Truth.LOG and replica.database.left is None and replica.foreign is None:
             replica.marks.note(**left(replica.database, tip.txid))
         marks.publishing = tip
         marks.applied = tip

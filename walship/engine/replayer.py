@@ -134,6 +134,7 @@ class Replayer:
 
     def reset(self, tip: Tip) -> None:
         """The database was replaced by the state at `tip` and the log begins there. Inside `run`."""
+        self._replica.foreign = None
         self.applied = tip
 
     def mark(self) -> None:
@@ -146,7 +147,7 @@ class Replayer:
         try:
             while self._turn():
                 pass
-            if not self._finishing:
+            if not self._finishing and self._replica.foreign is None:
                 self._empty(_LAST_EMPTY_SECONDS)
                 self.mark()
         except BaseException as error:  # noqa: BLE001 - handed to the owner, who decides between re-seed and exit
@@ -283,5 +284,6 @@ class Replayer:
         if foreign is None:
             return False
         self._on_foreign(foreign)
-        replica.checksums = foreign.checksums  # of what is in the file, which is what a seed must mend
+        replica.checksums = foreign.checksums
+        replica.foreign = f"other programs committed to {replica.database.path}"
         return True

@@ -19,6 +19,8 @@ class Replica:
 
     differing: pages whose content is in doubt and differs from the log's history; empty unless a leader's -wal could
     not be counted (R7). They become the first, `rebuilt` frame of the next term.
+    foreign: why nothing of the file may be shown or built upon: other programs wrote to it (R10). It holds what
+    `checksums` say, which is no state of history; a seed makes an end of that. None as long as all is well.
     pinned: the state all this was read at, when the -wal was the truth. Other programs may have committed since; while
     it lives their frames stay in the -wal, so whoever leads goes on from there. Let go of it with `unpin`.
     """
@@ -29,6 +31,7 @@ class Replica:
     marks: Marks
     differing: list[int] = field(default_factory=list)
     pinned: Snapshot | None = None
+    foreign: str | None = None
 
     def unpin(self) -> None:
         """Let go of `pinned`. Idempotent."""

@@ -126,9 +126,9 @@ def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
         if state.state.truth is Truth.WAL:
             replica = _open_truth_wal(state.state, database, log, marks, checksums, cluster)
         else:
-            if checksums is not None:
-                _refuse_foreign(state, database, log, mark, checksums)
-            replica = _open_truth_log(database, log, marks, mark, checksums)
+            replica = _open_foreign(state, database, log, marks, mark, checksums) or _open_truth_log(
+                database, log, marks, mark, checksums
+            )
         marks.attach(log)
     except BaseException:
         database.close()
@@ -136,16 +136,17 @@ def _open(state: StateFile, log: Log, marks: Marks, cluster: bytes) -> Replica:
     return replica
 
 
-def _refuse_foreign(state: StateFile, database: Database, log: Log, mark: Tip, checksums: PageChecksums) -> None:
-    """What other programs committed while this node was down is kept (R10). Raises CorruptDatabase then."""
-    foreign = found_at_start(database, log, state.state, mark, checksums)
+def _open_foreign(
+    state: StateFile, database: Database, log: Log, marks: Marks, mark: Tip, checksums: PageChecksums | None
+) -> Replica | None:
+    """When other programs committed while this node was down: keep that as an orphan, and open what is there as a copy
+    that is to be replaced and shown to nobody (R10). The fence stays, so they commit no more to it."""
+    foreign = None if checksums is None else found_at_start(database, log, state.state, mark, checksums)
     if foreign is None:
-        return
+        return None
     kept = keep(foreign, state.directory, log, node=state.state.name)
-    raise CorruptDatabase(
-        f"{database.path}: other programs wrote to this follower's file while it was down. What they wrote is kept as "
-        f"orphan {kept.name}; the file is replaced by the leader's"
-    )
+    reason = f"other programs wrote to {database.path} while this node was down; what they wrote is orphan {kept.name}"
+    return Replica(database, log, foreign.checksums, marks, foreign=reason)
 
 
 def _open_truth_log(database: Database, log: Log, marks: Marks, mark: Tip, checksums: PageChecksums | None) -> Replica:
