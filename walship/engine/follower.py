@@ -513,6 +513,7 @@ class Follower:
         if log is None:
             log = Log.open(self._directory / "log", cluster=self._cluster, base=tip, limits=self._limits)
         finish_install(self._directory, self._state, self._cluster, log, self._marks)
+        log.tokens.adopt(header)
         database = Database.open(Path(self._state.state.database_path))
         database.left = database.index.header()  # the replayer takes the fence, and looks
         checksums = self._marks.load()
@@ -549,6 +550,7 @@ class Follower:
             raise
         replica.checksums = seed.checksums
         replica.log.reset(tip, self._history)
+        replica.log.tokens.adopt(seed.header)
         complete_install(self._state, self._marks, tip, seed.checksums)
         self._marks.attach(replica.log)
         replayer.reset(tip)
