@@ -190,8 +190,8 @@ def _end_space(space: str) -> None:
 
 
 def _remove_bridge(bridge: str) -> None:
-    """Its links first: the kernel would remove those of a deleted namespace only some time later, names and all."""
-    links = [path.name for path in Path(f"/sys/class/net/{bridge}/brif").glob("*")]
+    """Its links first: those of a deleted namespace live on while a connection that was cut off dies in it."""
+    links = [path.name for path in Path("/sys/class/net").glob(f"{bridge}v*")]
     for words in (
         *(["ip", "link", "delete", link] for link in links),
         ["nft", f"delete table ip {bridge}"],
