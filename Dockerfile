@@ -15,12 +15,14 @@ RUN python3 -m venv /opt/walship \
 FROM ${BASE}
 RUN groupadd --gid 10001 walship \
  && useradd --uid 10001 --gid walship --no-create-home --home-dir /data --shell /usr/sbin/nologin walship \
- && install -d -o walship -g walship /data
+ && install -d -o walship -g walship /data /locks
 COPY --from=build /opt/walship /opt/walship
-# All that is written is under /data, SQLite's large sorts included: the root may be read-only.
+# All that is written is under /data, SQLite's large sorts included: the root may be read-only. Containers of one host may
+# share a volume at /locks, with TMPDIR=/locks: then each can prove that a killed one is dead.
 ENV PATH=/opt/walship/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     TMPDIR=/data \
+    SQLITE_TMPDIR=/data \
     WALSHIP_HEALTH=http://127.0.0.1:8080/health
 # By number: Kubernetes' runAsNonRoot does not trust a name.
 USER 10001:10001

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from tests.test_container import last
+from tests.test_container import last, steps
 from walship.cli import app as cli
 from walship.cli import part
 from walship.config import NODE, PROXY, NodeConfig, ProxyConfig, environment_name
@@ -185,14 +185,15 @@ def test_every_compose_service_is_confined_and_keeps_its_data(name: str) -> None
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["restart"] == "unless-stopped"
-    (volume,) = service["volumes"]
-    source, target = volume.split(":")
-    assert source in COMPOSE["volumes"]
-    assert target in (last("VOLUME"), "/etcd-data")
+    volumes = dict(reversed(volume.split(":")) for volume in service["volumes"])
+    assert set(volumes.values()) <= set(COMPOSE["volumes"])
+    assert list(volumes) == {"etcd": ["/etcd-data"], "prox": ["/locks"], "node": ["/data", "/locks"]}[name[:4]]
     if name != "etcd":
         config = next(part for part in compose_parts() if part.name == name)
         assert int(service["stop_grace_period"].removesuffix("s")) > 10  # drain-seconds
         assert config.environ["WALSHIP_NAME"] == name
+        assert volumes[config.environ["TMPDIR"]] == "locks"
+        assert config.environ["TMPDIR"] in next(rest for verb, rest in steps() if "useradd" in rest)  # its owner
 
 
 def test_nothing_but_the_proxies_of_the_compose_file_is_reached_from_outside() -> None:

@@ -58,11 +58,14 @@ class Composed:
     def start(self, *names: str) -> None:
         """Start services; does not wait."""
         for name in names:
-            data = self.root / ("proxies" if name in PROXIES else name)  # the volume that the file gives it
-            data.mkdir(exist_ok=True)
             service = SERVICES[name]
-            environ = {**service["environment"], "WALSHIP_AUTH_TOKEN": TOKEN, "TMPDIR": str(data)}
-            words = [word.replace("/data", str(data)) for word in service["command"]]
+            places = {}  # in the container -> here
+            for source, place in (volume.split(":") for volume in service["volumes"]):
+                places[place] = self.root / source
+                places[place].mkdir(exist_ok=True)
+            environ = {**service["environment"], "WALSHIP_AUTH_TOKEN": TOKEN}
+            environ["TMPDIR"] = str(places[environ["TMPDIR"]])
+            words = [str(places.get(word, word)) for word in service["command"]]
             self.processes[name].start(words, prefix=self._prefix(name), environ=environ)
 
     def wait_healthy(self, *names: str) -> None:
@@ -203,8 +206,26 @@ def test_a_leader_that_is_cut_off_is_replaced_and_rejoins_when_it_is_back(compos
     assert composed.status(old)["role"] == "follower"
 
 
+def test_a_leader_that_is_killed_is_known_to_be_dead_at_once(composed: Composed) -> None:
+    """By its lock in the volume of all parts, and not by the end of its lease."""
+    composed.start_all()
+    old = composed.wait_whole(*PROXIES)
+    composed.processes[old].kill()
+
+    def told() -> dict[str, Any] | None:
+        seen = [composed.status(name) for name in NODES if name != old]
+        return next((each["election"]["last"] for each in seen if each["role"] == "leader"), None)
+
+    last = eventually(told, "another node leads")
+    assert last is not None
+    assert "is dead" in last["cause"]
+    composed.start(old)
+    composed.wait_whole(*PROXIES)
+    composed.wait_level()
+
+
 def test_a_proxy_that_was_killed_comes_back_under_its_name(composed: Composed) -> None:
-    """Both proxies have one volume, in which a lock proves the death."""
+    """All parts have one volume, in which a lock proves the death."""
     composed.start_all()
     composed.processes["proxy1"].kill()
     composed.start("proxy1")
