@@ -28,10 +28,12 @@ from walship.hrana.types import Level
 __all__ = [
     "DEFAULT_FOLLOWERS",
     "NODE",
+    "ORDER",
     "PROXY",
     "STATUS",
     "UP",
     "NodeConfig",
+    "OrderConfig",
     "ProxyConfig",
     "Setting",
     "StatusConfig",
@@ -147,6 +149,17 @@ class StatusConfig:
     watch: bool = False
     timeout_seconds: float = 5.0
     auth_token: str | None = dataclasses.field(default=None, repr=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OrderConfig:
+    """Whom an operator's command gives its order to, and what shows that it may."""
+
+    url: str = "http://127.0.0.1:8080"
+    json: bool = False
+    timeout_seconds: float = 30.0
+    admin_token: str | None = dataclasses.field(default=None, repr=False)
+    cluster_url: str | None = dataclasses.field(default=None, repr=False)  # it may have a password
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -395,11 +408,20 @@ STATUS = (
     _AUTH_TOKEN,
 )
 
+ORDER = (
+    Setting("url", _field("url", _url), _URL_WORDS + " of a proxy or node"),
+    _JSON,
+    Setting("timeout-seconds", _field("timeout_seconds", _seconds(0.1, 600)), "0.1 to 600 seconds"),
+    _ADMIN_TOKEN,
+    dataclasses.replace(_CLUSTER, required=False),
+)
+
 _TABLES: dict[type[Any], tuple[str, tuple[Setting, ...]]] = {
     NodeConfig: ("node", NODE),
     ProxyConfig: ("proxy", PROXY),
     UpConfig: ("up", UP),
     StatusConfig: ("status", STATUS),
+    OrderConfig: ("order", ORDER),
 }
 
 

@@ -16,7 +16,7 @@ import typer
 
 import walship
 from walship.cli import output
-from walship.config import NodeConfig, ProxyConfig, StatusConfig, UpConfig, build
+from walship.config import NodeConfig, OrderConfig, ProxyConfig, StatusConfig, UpConfig, build
 from walship.errors import UsageError, WalshipError
 
 __all__ = ["app", "run"]
@@ -24,7 +24,7 @@ __all__ = ["app", "run"]
 # Click's own base error. Newer typers carry a click of their own, so it is found through what typer exports.
 _CommandLineError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig)
+C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig, OrderConfig)
 
 app = typer.Typer(
     name="walship",
@@ -347,6 +347,40 @@ def status(
     from walship.cli.status import run as run_status
 
     return run_status(settings)
+
+
+@app.command(
+    help=(
+        "Hand the lead to another node, with no write lost and none failed: to the one named by --to, or to the one "
+        "that follows closest. Nothing changes when that cannot be done. SIGTERM to a leader does the same."
+    ),
+    epilog="Examples:\n\n  walship switchover\n\n  walship switchover http://127.0.0.1:8080 --to node2",
+)
+def switchover(
+    url: Annotated[
+        Text, typer.Argument(metavar="[URL]", help="A proxy or node. Default http://127.0.0.1:8080.")
+    ] = None,
+    to: Annotated[Text, _option("to", "NAME", "The node that shall lead. Default: who follows closest.")] = None,
+    json: Annotated[Flag, _option("json", "", "One line of JSON instead of words.")] = None,
+    timeout_seconds: Annotated[Text, _option("timeout-seconds", "S", "Give up waiting after this. Default 30.")] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
+    cluster: Annotated[
+        Text, _option("cluster", "URL", "The cluster's store, whose record opens the admin verbs.")
+    ] = None,
+    config: ConfigFile = None,
+) -> int:
+    settings = _build(
+        OrderConfig,
+        config,
+        url=url,
+        json=json or None,
+        timeout_seconds=timeout_seconds,
+        admin_token=admin_token,
+        cluster=cluster,
+    )
+    from walship.cli.switchover import run as run_switchover
+
+    return run_switchover(settings, to)
 
 
 _failover = typer.Typer(help="Elections: why the last one went as it did, or why none happens.", no_args_is_help=True)

@@ -93,7 +93,11 @@ class Report:
     def link_status(self) -> link.Status:
         """What proxies route by. `in_flight` is filled in by the link server."""
         node = self._node
-        serving = node.unready() is None
+        flags = link.StatusFlags.SERVING if node.unready() is None else link.StatusFlags.NONE
+        if node.established:
+            flags |= link.StatusFlags.LED
+        elif node.sides.eligible() is not None:
+            flags |= link.StatusFlags.CANDIDATE
         lag_seconds = self.lag_seconds()
         return link.Status(
             name=node.name,
@@ -104,7 +108,7 @@ class Report:
             durable=self.durable(),
             acked=node.watermarks.acked,
             lag_ms=None if lag_seconds is None else int(lag_seconds * 1000),
-            flags=link.StatusFlags.SERVING if serving else link.StatusFlags(0),
+            flags=flags,
             history=node.watermarks.history.starts()[-link.MAX_HISTORY :],
         )
 

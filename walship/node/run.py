@@ -14,6 +14,7 @@ from walship.config import NodeConfig, open_gate
 from walship.coordination.baton_key import baton_key
 from walship.coordination.store import open_store
 from walship.front.listen import Address, listen
+from walship.node import admin
 from walship.node.app import NodeApp
 from walship.node.deathwatch import hold_life_lock
 from walship.node.http_server import serving
@@ -46,7 +47,7 @@ async def run(config: NodeConfig) -> int:
                 baton_key=await baton_key(store),
                 gate=open_gate(config),
                 drain_seconds=config.drain_seconds,
-                routes=node.embedded.routes(),
+                routes=[*node.embedded.routes(), *admin.routes(node)],
             )
             relay = Relay(
                 lambda: None if node.leading is not None else node.leader_url,
