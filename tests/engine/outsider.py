@@ -6,7 +6,7 @@
     watch PATH          read with invariants in threads until `report`  -> ok
     report              stop watching                             -> JSON {"reads": n, "violations": [...]}
     hammer PATH KIND    write in a way of its own until `enough`   -> ok
-    enough              stop writing                               -> JSON {"commits": n, "errors": {text: count}}
+    enough              stop writing                               -> JSON {"commits": n, "errors": {text: count}, "marks": []}
 
 The invariants (tests/engine/test_apply.py writes so that each commit keeps them): the sum over `account` is constant,
 `counter` never falls, two reads inside one transaction agree, rows of `pair` come in twos.
@@ -19,6 +19,7 @@ import sqlite3
 import sys
 import threading
 import time
+import uuid
 
 CHECKS = (
     "SELECT sum(balance) FROM account",
@@ -83,6 +84,7 @@ class Hammer:
         self.stop = threading.Event()
         self.commits = 0
         self.errors: dict[str, int] = {}
+        self.marks: list[str] = []
         self.step = getattr(self, kind)
         self.connection = self.connect()
         self.thread = threading.Thread(target=self.loop, daemon=True)
@@ -106,6 +108,31 @@ class Hammer:
 
     def plain(self) -> None:
         self.insert()
+
+    def marked(self) -> None:
+        """Each row is unmistakable, and each commit a connection of its own; what was committed is reported."""
+        self.connection.close()
+        self.connection = self.connect()
+        self.connection.execute("PRAGMA busy_timeout=0").fetchall()
+        mark = f"foreign-{uuid.uuid4().hex}"
+        self.connection.execute("INSERT INTO hammer(body) VALUES(?)", (mark,))
+        self.marks.append(mark)
+        self.commits += 1
+
+    def attempts(self) -> None:
+        """Everything that would change a file in which it must not write."""
+        for sql in (
+            "PRAGMA wal_checkpoint(TRUNCATE)",
+            "VACUUM",
+            "PRAGMA journal_mode=delete",
+            "CREATE TABLE theirs(x)",
+            "PRAGMA user_version=7",
+        ):
+            try:
+                self.connection.execute(sql).fetchall()
+                self.commits += "checkpoint" not in sql
+            except sqlite3.OperationalError as error:
+                self.errors[str(error)] = self.errors.get(str(error), 0) + 1
 
     def eager(self) -> None:
         """Tries again at once for 2 ms, then pauses: any moment in which WRITE is free is its own."""
@@ -157,7 +184,7 @@ class Hammer:
     def report(self) -> str:
         self.stop.set()
         self.thread.join()
-        return json.dumps({"commits": self.commits, "errors": self.errors})
+        return json.dumps({"commits": self.commits, "errors": self.errors, "marks": self.marks})
 
 
 def main() -> None:
