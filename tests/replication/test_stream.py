@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 import tracemalloc
 from dataclasses import replace
@@ -626,6 +627,24 @@ async def test_pauses_between_tries_grow_and_are_random(tmp_path: Path) -> None:
         await eventually(lambda: len(asked) > 8)
         running.cancel()
     assert asked[:8] == [(0, pause) for pause in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0)]
+
+
+async def test_a_leader_that_does_not_answer_is_left_when_another_one_is_known(tmp_path: Path) -> None:
+    """A stopped process: its kernel accepts connections, and nobody answers."""
+    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
+    patient = SubscriberLimits(connect_seconds=3600)
+    with socket.create_server(("127.0.0.1", 0)) as stopped:
+        leader.url = stopped_url = f"http://127.0.0.1:{stopped.getsockname()[1]}"
+        async with Followers(leader, patient).following(south) as [subscriber]:
+            await eventually(lambda: subscriber.link is Link.CONNECTING)
+            async with leader.serving():
+                subscriber.wake(stopped_url)
+                subscriber.wake()
+                await asyncio.sleep(0)
+                assert subscriber.link is Link.CONNECTING  # news of the same leader, or of none, change nothing
+                for _ in range(3):
+                    subscriber.wake(leader.url)
+                await eventually(lambda: caught_up(leader, south))
 
 
 async def test_no_leader_and_an_unreachable_one_are_tried_again(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ class Sides:
             self.leader_record = record
             self._leader_changed.set()
             if self.following is not None:
-                self.following.subscriber.wake()
+                self.following.subscriber.wake(record.url if record.phase is Phase.SERVING else None)
         elsewhere = record.phase is Phase.SERVING and record.nonce != self._node.boot_nonce
         waits = self.led is None and self._opened is None and self.following is None
         if elsewhere and waits and not self._changing.locked() and self._node.role is Role.FOLLOWER:

@@ -81,7 +81,7 @@ class Subscriber:
         self._limits = limits or SubscriberLimits()
         self._uniform = uniform
         self._reseed: str | None = None
-        self._connecting = False
+        self._connecting: asyncio.Timeout | None = None
         self._receiver: Receiver | None = None
         self._woken = asyncio.Event()
         self._tally = Tally()
@@ -93,7 +93,7 @@ class Subscriber:
         receiver = self._receiver
         if receiver is not None and (receiver.is_streaming or receiver.is_seeding):
             return Link.STREAMING if receiver.is_streaming else Link.SEEDING
-        return Link.CONNECTING if self._connecting else Link.SEARCHING
+        return Link.CONNECTING if self._connecting is not None else Link.SEARCHING
 
     def statistics(self) -> SubscriberStatistics:
         tally = self._tally
@@ -111,9 +111,13 @@ class Subscriber:
             last_error=self._last_error,
         )
 
-    def wake(self) -> None:
-        """There is news of the leader: do not wait for the end of a pause."""
+    def wake(self, leader_url: str | None = None) -> None:
+        """There is news of the leader: do not wait for the end of a pause, nor for an answer from anywhere but
+        `leader_url`, where it serves now (None: not known). The old one may be stopped, its port still open."""
         self._woken.set()
+        attempt = self._connecting
+        if attempt is not None and not attempt.expired() and leader_url not in (None, self._url):
+            attempt.reschedule(asyncio.get_running_loop().time())
 
     async def run(self) -> NoReturn:
         """Follow until cancelled. Raises StorageFailed when this node's disk fails; everything else is tried again."""
@@ -166,13 +170,7 @@ class Subscriber:
         self._url, term = leader
         if term < self._sink.promised:
             raise Fenced(f"the record names a leader of term {term}, but term {self._sink.promised} is promised here")
-        self._connecting = True
-        try:
-            reader, writer = await connect(
-                self._url, timeout_seconds=self._limits.connect_seconds, credential=self._credential
-            )
-        finally:
-            self._connecting = False
+        reader, writer = await self._connect(self._url)
         self._receiver = receiver = Receiver(
             self._sink,
             self._identity,
@@ -190,3 +188,13 @@ class Subscriber:
                 self._reseed = None
             self._receiver = None
             hang_up(writer)
+
+    async def _connect(self, url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Raises Unavailable also when `wake` named another leader meanwhile."""
+        try:
+            async with asyncio.timeout(None) as self._connecting:
+                return await connect(url, timeout_seconds=self._limits.connect_seconds, credential=self._credential)
+        except TimeoutError as error:
+            raise Unavailable(f"{url} did not answer before another node was known to lead") from error
+        finally:
+            self._connecting = None
