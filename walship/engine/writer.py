@@ -485,6 +485,8 @@ class Writer:
                 self._attempt = item.attempt
                 run_job(item, connection)
                 self._attempt = None
+                if item.attempt is not None and item.attempt.frame:
+                    self._leader.pending.add(item.attempt)  # its end, if only a part was logged meanwhile
                 if self._broken is not None:
                     raise self._broken
             else:
