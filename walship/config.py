@@ -68,6 +68,8 @@ class NodeConfig:
     replace_local: bool = False
     log_max_bytes: int = GIB  # a GiB holds minutes of heavy writing, and a laggard beyond that is faster re-seeded
     log_keep_seconds: float = 3600.0  # longer than a restart or a reboot takes
+    orphan_max_bytes: int = GIB
+    orphan_keep_seconds: float = 7 * 86400.0  # a weekend, and the week in which somebody looks
     stream_idle_seconds: float = 10.0  # an open transaction without a request; other state idles in proportion
     body_max_bytes: int = 16 * MIB
     lease_seconds: float = 3.0  # how long a leader that is silent leads on; process death on one host shows at once
@@ -177,7 +179,7 @@ class Setting:
     secret: bool = False
 
 
-C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig)
+C = TypeVar("C", NodeConfig, ProxyConfig, UpConfig, StatusConfig, OrderConfig)
 
 
 def open_gate(config: NodeConfig | ProxyConfig | UpConfig, credential: Callable[[], str] = str) -> Gate:
@@ -356,6 +358,8 @@ NODE = (
     Setting("replace-local", _field("replace_local", _yes), "true or false"),
     _LOG_MAX,
     Setting("log-keep-seconds", _field("log_keep_seconds", _seconds(0, 10**8)), "0 to 100000000 seconds"),
+    Setting("orphan-max", _field("orphan_max_bytes", _size(0)), _SIZE_WORDS),
+    Setting("orphan-keep-seconds", _field("orphan_keep_seconds", _seconds(0, 10**8)), "0 to 100000000 seconds"),
     _STREAM_IDLE,
     _BODY,
     *_WORK,

@@ -96,6 +96,10 @@ class NodeMetrics(Metrics):
             "Answers of this leader to what became of a write: done, running, not_done, unknown",
             ["outcome"],
         )
+        self.orphan_transactions = self._counter(
+            "walship_orphan_transactions", "Commits that never became history and were kept as orphans"
+        )
+        self.orphan_files = self._gauge("walship_orphan_files", "Orphans in this node's directory")
         self.reconnects = self._counter("walship_reconnects", "Replication connections this follower had to open")
         self.election_seconds = self._histogram(
             "walship_election_seconds", "Seconds of each phase of this node's candidacies", _HOLD_BUCKETS, ["phase"]

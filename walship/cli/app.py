@@ -197,6 +197,12 @@ def node(
     log_keep_seconds: Annotated[
         Text, _option("log-keep-seconds", "S", "Age up to which log is kept. Default 3600.")
     ] = None,
+    orphan_max: Annotated[
+        Text, _option("orphan-max", "SIZE", "Most bytes of orphans kept; the newest stays in any case. Default 1GiB.")
+    ] = None,
+    orphan_keep_seconds: Annotated[
+        Text, _option("orphan-keep-seconds", "S", "Age up to which orphans are kept. Default 604800.")
+    ] = None,
     stream_idle_seconds: Annotated[Text, _STREAM_IDLE] = None,
     body_max: Annotated[Text, _BODY] = None,
     lease_seconds: Annotated[Text, _LEASE] = None,
@@ -228,6 +234,8 @@ def node(
         replace_local=replace_local or None,
         log_max=log_max,
         log_keep_seconds=log_keep_seconds,
+        orphan_max=orphan_max,
+        orphan_keep_seconds=orphan_keep_seconds,
         stream_idle_seconds=stream_idle_seconds,
         body_max=body_max,
         lease_seconds=lease_seconds,
@@ -411,6 +419,77 @@ def explain(
     from walship.cli.failover import run as run_explain
 
     return run_explain(settings)
+
+
+_orphans = typer.Typer(
+    help="Commits that never became history, as a node keeps them: list, show, export.", no_args_is_help=True
+)
+app.add_typer(_orphans, name="orphans")
+_NODE = typer.Option("--url", metavar="URL", help="The node to ask. Default http://127.0.0.1:8080.")
+_DATA = typer.Option("--data", metavar="DIR", help="The directory of a node instead, running or not.")
+_NAME = typer.Argument(metavar="NAME", help="As the list shows it.")
+_CLUSTER_OF = _option("cluster", "URL", "The cluster's store, whose record opens the admin verbs.")
+
+
+@_orphans.command(
+    name="list",
+    help="The orphans of a node, oldest first. Each node keeps its own: ask every one.",
+    epilog="Example:\n\n  walship orphans list --data walship-data/node1",
+)
+def orphans_list(
+    url: Annotated[Text, _NODE] = None,
+    data: Annotated[Path | None, _DATA] = None,
+    json: Annotated[Flag, _option("json", "", "One line of JSON instead of words.")] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
+    cluster: Annotated[Text, _CLUSTER_OF] = None,
+    config: ConfigFile = None,
+) -> int:
+    from walship.cli import orphans
+
+    settings = _build(OrderConfig, config, url=url, json=json or None, admin_token=admin_token, cluster=cluster)
+    return orphans.listing(settings, data)
+
+
+@_orphans.command(name="show", help="One orphan: what was lost, when, and whether a client may have been told of it.")
+def orphans_show(
+    name: Annotated[str, _NAME],
+    url: Annotated[Text, _NODE] = None,
+    data: Annotated[Path | None, _DATA] = None,
+    json: Annotated[Flag, _option("json", "", "One line of JSON instead of words.")] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
+    cluster: Annotated[Text, _CLUSTER_OF] = None,
+    config: ConfigFile = None,
+) -> int:
+    from walship.cli import orphans
+
+    settings = _build(OrderConfig, config, url=url, json=json or None, admin_token=admin_token, cluster=cluster)
+    return orphans.show(settings, data, name)
+
+
+@_orphans.command(
+    name="export",
+    help=(
+        "Write an orphan's pages as an LTX file; with --database as a database that can be opened, made of a copy at "
+        "the very position where the lost commits began."
+    ),
+    epilog="Example:\n\n  walship orphans export 3-101-104 lost.ltx --data walship-data/node1",
+)
+def orphans_export(
+    name: Annotated[str, _NAME],
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="What to write; must not exist.")],
+    database: Annotated[
+        Path | None, typer.Option("--database", metavar="BASE", help="The database where the lost commits began.")
+    ] = None,
+    url: Annotated[Text, _NODE] = None,
+    data: Annotated[Path | None, _DATA] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
+    cluster: Annotated[Text, _CLUSTER_OF] = None,
+    config: ConfigFile = None,
+) -> int:
+    from walship.cli import orphans
+
+    settings = _build(OrderConfig, config, url=url, admin_token=admin_token, cluster=cluster)
+    return orphans.export(settings, data, name, target, database)
 
 
 def run(arguments: Sequence[str] | None) -> int:

@@ -49,6 +49,14 @@ class Orders:
         """The answer to POST /admin/<verb>. Raises Unavailable, UsageError in the words of the answer."""
         return self._ask("POST", verb, body)
 
+    def download(self, verb: str) -> bytes:
+        """The bytes of GET /admin/<verb>. Raises Unavailable."""
+        try:
+            reply = self._client.get(f"{self._url}/admin/{verb}")
+            return reply.raise_for_status().content
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{self._url}/admin/{verb} cannot be had: {error or type(error).__name__}") from error
+
     def _ask(self, method: str, verb: str, body: object) -> Any:
         url = self._url
         for _ in range(_HOPS):
@@ -57,7 +65,7 @@ class Orders:
                 found = reply.json()
             except httpx.HTTPError as error:
                 raise Unavailable(
-                    f"{url} does not answer ({error or type(error).__name__}); whether the order was carried out is not "
+                    f"{url} does not answer ({error or type(error).__name__}); whether it was carried out is not "
                     "known: look at `walship status`"
                 ) from error
             except ValueError as error:

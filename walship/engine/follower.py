@@ -425,7 +425,7 @@ class Follower:
     def _keep_foreign(self, foreign: Foreign) -> None:
         """Replayer thread."""
         assert self.replica is not None
-        keep(foreign, self._directory, self.replica.log, node=self._state.state.name)
+        self._on_orphan(keep(foreign, self._directory, self.replica.log, node=self._state.state.name))
 
     def _bound(self) -> Position:
         """Replayer thread: how far may be applied. Only what is durable here, so that the log is never behind the

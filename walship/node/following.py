@@ -45,6 +45,7 @@ class Following:
             on_replica=on_replica,
             on_failure=node.fail,
             on_sync=node.report.observe_log_sync,
+            on_orphan=node.orphans.kept,
         )
         self.subscriber = Subscriber(
             self.follower,

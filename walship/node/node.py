@@ -53,6 +53,7 @@ from walship.formats.checksum import PageChecksums
 from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
 from walship.hrana.types import Batch, Level
+from walship.node.admin_orphans import Orphanage
 from walship.node.elector import Elector
 from walship.node.embedded import EmbeddedReplicas
 from walship.node.join import Membership
@@ -111,6 +112,12 @@ class Node:
         self.service: Service | None = None
         self.verified_ms: int | None = None
         self.report = Report(self)
+        self.orphans = Orphanage(
+            config.data_dir,
+            self.report.numbers,
+            keep_seconds=config.orphan_keep_seconds,
+            keep_bytes=config.orphan_max_bytes,
+        )
         self.embedded = EmbeddedReplicas(self, store, config.data_dir)
         self.stop = asyncio.Event()
         self._given = _ZERO
@@ -406,6 +413,7 @@ class Node:
             ("log retention", self._retain()),
             ("scrub", self._scrub()),
             ("embedded replicas", self.embedded.run()),
+            ("orphans", self.orphans.run()),
         ]
         for name, coroutine in work:
             stack.callback(tasks.create_task(coroutine, name=name).cancel)

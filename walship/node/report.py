@@ -66,6 +66,7 @@ class Report:
             "since_ms": node.since_ms,
             "verified_ms": node.verified_ms,
             "positions": positions,
+            "orphans": node.orphans.count(),
             "election": self._election(),
             **self._details(),
         }
@@ -220,6 +221,7 @@ class Report:
             metrics.position_txid.labels(name).set(getattr(marks, name).txid)
         metrics.lag_txids.set(self.lag_txids() or 0)
         metrics.lag_seconds.set(self.lag_seconds() or 0.0)
+        metrics.orphan_files.set(node.orphans.count())
         self._count_to(metrics.commits, self.applied().txid)
         if node.leading is not None:
             metrics.oldest_reader_seconds.set(node.leading.held_back_seconds())
