@@ -25,6 +25,7 @@ __all__ = ["Operation", "Workload"]
 
 DRAIN_SECONDS = 45.0  # longer than any request takes
 MOST_WAITING = 3000
+MOST_COMPLAINTS = 20
 _RECENT = 2000
 _INSERT = "INSERT INTO w (id) VALUES (?)"
 _COUNT = "SELECT ifnull(max(rowid), 0) FROM w"  # rows are never deleted: the number of them, without a scan
@@ -154,12 +155,14 @@ class Workload:
         self.operations.append(
             Operation(kind, number, begin, end, reply.outcome, reply.code, reply.message, reply.position)
         )
+        if reply.code.startswith("SQL") and len(self.complaints) < MOST_COMPLAINTS:
+            self.complaints.append(f"{kind} at {time.time():.3f} s by {reply.served_by}: {reply.code} {reply.message}")
         if reply.outcome is not Outcome.OK:
             return
         if kind == "write":
             self._acked += 1
             self.answered.append(end)
-        elif kind == "session" and reply.rows[0][0] < acked_before:
+        elif kind == "session" and reply.rows[0][0] < acked_before and len(self.complaints) < MOST_COMPLAINTS:
             self.complaints.append(
                 f"a session read at {begin:.3f} s saw {reply.rows[0][0]} rows, at {reply.position} of "
                 f"{reply.served_by}; "
