@@ -3,6 +3,7 @@
 #   make test    lint, types, and the tests with coverage                     (ARGS="tests/formats -k wal")
 #   make lint    ruff and mypy only
 #   make bench   the ratios of docs/performance.md, measured on this machine  (ARGS="--quick writes")
+#   make simulate  200,000 seeds of the failover simulation, an hour and more  (ARGS="1234 --verbose" replays one)
 #   make soak    the minutes-long proofs on real processes
 #   make clients-table   the table of docs/clients.md, from a run of every client
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help up test lint bench soak clients clients-table clean
+.PHONY: help up test lint bench simulate soak clients clients-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +31,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)
+
+simulate: $(STAMP)
+	$(BIN)/python -m tests.simulation $(or $(ARGS),0 --count 200000)
 
 soak: $(STAMP) clients
 	$(BIN)/python -m pytest -m soak -s --timeout=3600 -o faulthandler_timeout=3500 $(ARGS)

@@ -7,9 +7,14 @@ import sys
 import time
 import traceback
 
-from .cluster import simulate
-from .mutants import MUTANTS
-from .world import Violation
+from tests.simulation.cluster import FOCUS, simulate
+from tests.simulation.mutants import MUTANTS
+from tests.simulation.world import Violation
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -17,26 +22,24 @@ def main() -> int:
     parser.add_argument("seed", type=int)
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--mutant", choices=sorted(MUTANTS))
+    parser.add_argument("--focus", choices=sorted(FOCUS))
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     failed, elections, writes, began = [], 0, 0, time.monotonic()
     for seed in range(options.seed, options.seed + options.count):
-        rules = MUTANTS[options.mutant]() if options.mutant else None
+        mutant = MUTANTS.get(options.mutant)
+        rules, focus = (mutant[0](), mutant[1]) if mutant else (None, options.focus)
         try:
-            cluster = simulate(seed, rules, verbose=options.verbose)
-            elections += cluster.judge.elections
-            writes += len(cluster.judge.acked)
-        except Violation as error:
+            judge = simulate(seed, rules, focus=focus, verbose=options.verbose).judge
+        except (Violation, Exception) as error:  # noqa: BLE001
             failed.append(seed)
-            print(f"seed {seed}: {error}")
-        except Exception:
-            failed.append(seed)
-            print(f"seed {seed}:")
-            traceback.print_exc()
-        if len(failed) >= 10:
-            break
+            say(f"seed {seed}: {error if isinstance(error, Violation) else traceback.format_exc()}")
+            if len(failed) == 10:
+                break
+        else:
+            elections, writes = elections + judge.elections, writes + len(judge.acked)
     seconds = time.monotonic() - began
-    print(f"{options.count} seeds, {len(failed)} failed, {elections} terms, {writes} writes acked, {seconds:.1f} s")
+    say(f"{options.count} seeds, {len(failed)} failed, {elections} terms, {writes} writes acked, {seconds:.1f} s")
     return 1 if failed else 0
 
 

@@ -5,20 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from walship.coordination.ballot import Candidate, HolderDied
+from tests.simulation.judge import Judge
+from tests.simulation.node import Machine, Process
+from tests.simulation.proxy import Proxy
+from tests.simulation.world import STORE, SimStore, World, finish
+from walship.coordination.ballot import HolderDied
 from walship.coordination.election import Election
 from walship.coordination.lease import Lease
-from walship.coordination.record import LEADER, LeaderRecord, Phase, TermStart, claim_next_term, decode, release
+from walship.coordination.record import LEADER, LeaderRecord, Phase, Seen, claim_next_term, decode, release
 from walship.coordination.store import Versioned
 
-from .judge import Judge
-from .node import Machine, Process
-from .proxy import Proxy
-from .world import STORE, SimStore, World, finish
+__all__ = ["FOCUS", "Cluster", "Rules", "simulate"]
 
-__all__ = ["Cluster", "Rules", "simulate"]
-
-SHAPES = ((3, 1), (3, 1), (3, 1), (3, 2), (5, 2), (5, 1), (4, 2), (3, 0), (2, 1))
+SHAPES = ((3, 1), (3, 1), (3, 1), (3, 1), (3, 1), (3, 2), (5, 2), (5, 1), (4, 2), (3, 0), (2, 1))
+# Which faults a seed draws, by weight. A focus makes one kind of trouble frequent that is rare in the mix.
+FOCUS: dict[str, dict[str, int]] = {
+    "mix": {
+        "crash_one": 5,
+        "pause_one": 4,
+        "isolate": 4,
+        "halves": 2,
+        "cut_store": 2,
+        "store_outage": 1,
+        "slow_links": 4,
+        "crash_all": 1,
+        "crash_two": 3,
+        "switch": 3,
+        "resign": 1,
+        "lossy": 1,
+        "bad_clock": 3,
+    },
+    "deposed": {"bad_clock": 10, "crash_one": 1},  # leaders that do not know it, and are sure of their lease
+    "machines": {"crash_two": 6, "crash_all": 2, "crash_one": 1},
+    "handoff": {"switch": 10, "slow_links": 2, "crash_one": 1},
+    "store": {"slow_links": 5, "cut_store": 4, "store_outage": 3, "isolate": 2},
+}
 HEAL_SECONDS = 10.0  # I20
 
 
@@ -44,16 +65,20 @@ class Cluster:
         *,
         shape: tuple[int, int] | None = None,
         one_host: bool | None = None,
+        focus: str | None = None,
         lease_seconds: float = 1.0,
         verbose: bool = False,
     ) -> None:
         self.world = World(seed, verbose=verbose)
         draw = self.world.random
         self.rules = rules or Rules()
-        size, self.acks = shape or draw.choice(SHAPES)
+        self.focus = focus or draw.choice(("mix", "mix", "mix", *FOCUS))
+        size, self.acks = shape or draw.choice(SHAPES if self.focus == "mix" else ((3, 1), (3, 1), (5, 2), (5, 1)))
         self.one_host = draw.random() < 0.5 if one_host is None else one_host
         self.lease_seconds = lease_seconds
-        self.wild_clocks = draw.random() < 0.4  # rates that no lease allows for
+        self.calm = draw.choice((0.5, 1.2, 2.5))  # mean seconds between faults, three times over
+        # Rates that no lease allows for: it may be overrun, and everything else must hold all the same.
+        self.wild_clocks = self.focus == "deposed" or (self.focus == "mix" and draw.random() < 0.3)
         self.store_deadline = draw.choice((0.25, 0.5, 2.0))
         self.store = SimStore(self.world)
         self.judge = Judge(self.world, self.acks, wild_clocks=self.wild_clocks)
@@ -64,7 +89,7 @@ class Cluster:
         self.store.on_change.append(self.changed)
         found = finish(claim_next_term(self.store, None, holder="founder", name="founder", url="", promised=0))
         finish(release(self.store, found))
-        self.proxies = [Proxy(self, f"p{n}", 2, n * 1_000_000, draw.choice((0.02, 0.1))) for n in (1, 2)]
+        self.proxies = [Proxy(self, f"p{n}", 3, n * 1_000_000, draw.choice((0.003, 0.02, 0.05))) for n in (1, 2)]
         for machine in self.machines:
             self.world.at(draw.random() * 0.02, machine.start)
         self.world.at(0.05, self.poll)
@@ -85,8 +110,6 @@ class Cluster:
             self.world.send(STORE, proxy.name, proxy.on_record, key, state.value)
 
     def tell(self, machine: Machine, record: LeaderRecord, version: int) -> None:
-        from walship.coordination.record import Seen
-
         if machine.process is not None:
             machine.process.guarded(machine.process.see, Seen(record, version))
 
@@ -119,21 +142,8 @@ class Cluster:
 
     def fault(self) -> None:
         draw = self.world.random
-        kinds: list[tuple[Callable[[], None], int]] = [
-            (self.crash_one, 5),
-            (self.pause_one, 4),
-            (self.isolate, 4),
-            (self.halves, 2),
-            (self.cut_store, 2),
-            (self.store_outage, 1),
-            (self.slow_links, 4),
-            (self.crash_all, 1),
-            (self.crash_two, 2),
-            (self.switch, 3),
-            (self.resign, 1),
-            (self.lossy, 1),
-        ]
-        draw.choices([kind for kind, _ in kinds], [weight for _, weight in kinds])[0]()
+        weights = FOCUS[self.focus]
+        getattr(self, draw.choices(list(weights), list(weights.values()))[0])()
 
     def victim(self) -> Machine:
         """More often the leader than chance would have it."""
@@ -160,11 +170,15 @@ class Cluster:
         """The leader, and at almost the same moment a follower's machine, which is back first."""
         leader = self.leader
         if leader is not None:
-            other = self.world.random.choice([each for each in self.machines if each is not leader])
-            leader.crash(machine=True)
-            self.world.at(self.world.random.random() * 0.005, lambda: other.crash(machine=True))
-            self.world.at(0.02, other.start)
-            self.world.at(self.world.random.uniform(0.3, 2.5), leader.start)
+            draw = self.world.random
+            other = draw.choice([each for each in self.machines if each is not leader])
+            rest = [each.name for each in self.machines if each not in (other, leader)]
+            self.apart([leader.name], rest, 0.5)  # what only these two hold
+            self.world.at(0.2, lambda: leader.crash(machine=True))
+            self.world.at(0.2 + draw.random() * 0.005, lambda: other.crash(machine=True))
+            self.world.at(0.25, other.start)
+            self.world.at(draw.uniform(0.5, 2.5), leader.start)
+            self.world.run(self.world.now + 0.3)
 
     def pause_one(self) -> None:
         process = self.victim().process
@@ -196,6 +210,12 @@ class Cluster:
                 if way != "to":
                     self.world.partition(b, a, seconds)
 
+    def apart(self, here: list[str], there: list[str], seconds: float) -> None:
+        for a in here:
+            for b in there:
+                self.world.partition(a, b, seconds)
+                self.world.partition(b, a, seconds)
+
     def cut_store(self) -> None:
         self.cut([self.victim().name], [STORE])
 
@@ -211,6 +231,26 @@ class Cluster:
     def lossy(self) -> None:
         self.world.loss = self.world.random.choice((0.0, 0.02, 0.2))
         self.store.flaky = self.world.random.choice((0.0, 0.1))
+
+    def bad_clock(self) -> None:
+        """The leader's clock crawls while the others' race: every lease is overrun, and only the seal is left."""
+        if not self.wild_clocks:
+            return
+        leader, draw = self.leader, self.world.random
+        for machine in self.machines:
+            machine.set_rate(draw.uniform(0.03, 0.3) if machine is leader else draw.uniform(2, 10))
+        if leader is not None and draw.random() < 0.7:  # and it is the last to learn
+            self.world.partition(STORE, leader.name, draw.uniform(0.5, 3.0))
+        if leader is not None and draw.random() < 0.5:  # and one follower hears it alone
+            other = draw.choice([each for each in self.machines if each is not leader])
+            self.apart([other.name], [each.name for each in self.machines if each not in (other, leader)], 1.5)
+        self.world.at(draw.uniform(0.5, 1.5), self.mend_clocks)
+        self.world.say(f"clocks: {[round(machine.rate, 2) for machine in self.machines]}")
+        self.world.run(self.world.now + draw.uniform(0.1, 1.0))
+
+    def mend_clocks(self) -> None:
+        for machine in self.machines:
+            machine.set_rate(self.world.random.uniform(0.95, 1.05))
 
     def switch(self) -> None:
         leader = self.leader
@@ -234,7 +274,7 @@ class Cluster:
         self.world.run(0.3)
         while self.world.now < until:
             self.fault()
-            self.world.run(self.world.now + draw.random() ** 2 * 1.2)
+            self.world.run(self.world.now + draw.random() ** 2 * self.calm)
         self.heal()
 
     def heal(self) -> None:
@@ -284,6 +324,3 @@ def simulate(seed: int, rules: Rules | None = None, *, fault_seconds: float = 5.
     cluster = Cluster(seed, rules, **options)
     cluster.run(fault_seconds)
     return cluster
-
-
-_ = (Candidate, TermStart)

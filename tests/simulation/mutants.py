@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from tests.simulation.cluster import Rules
+from tests.simulation.node import Process
 from walship.coordination.ballot import Action, SealAnswer
 from walship.coordination.election import Election
 from walship.coordination.lease import Lease
-
-from .cluster import Rules
-from .node import Process
 
 __all__ = ["MUTANTS"]
 
@@ -21,7 +20,7 @@ class NoSeal(Rules):
 class NoPositionCheck(Rules):
     """The candidate promotes itself whatever the quorum holds (E5)."""
 
-    class election(Election):  # noqa: N801
+    class election(Election):
         def _decide(self, own: SealAnswer, answers: list[SealAnswer]) -> list[Action]:
             return self._promote("mutant")
 
@@ -48,7 +47,7 @@ class LeaseFromReply(Rules):
 class NoQuorum(Rules):
     """The candidate promotes itself on its own answer."""
 
-    class election(Election):  # noqa: N801
+    class election(Election):
         def _needed(self, now: float) -> int:
             return 1
 
@@ -56,18 +55,19 @@ class NoQuorum(Rules):
 class NoRenewalAfterDoubt(Rules):
     """After a handoff of unknown outcome the old leader goes on without a renewal (R12a)."""
 
-    class process(Process):  # noqa: N801
+    class process(Process):
         def hand_off(self, leading, to, deadline):  # type: ignore[no-untyped-def]
             leading.lease.demand_renewal = lambda _now: None
             super().hand_off(leading, to, deadline)
 
 
-MUTANTS: dict[str, type[Rules]] = {
-    "no-seal": NoSeal,
-    "no-position-check": NoPositionCheck,
-    "no-step-down": NoStepDown,
-    "ack-before-fsync": AckBeforeFsync,
-    "lease-from-reply": LeaseFromReply,
-    "no-quorum": NoQuorum,
-    "no-renewal-after-doubt": NoRenewalAfterDoubt,
+# name -> (the rules, the focus that brings it to light)
+MUTANTS: dict[str, tuple[type[Rules], str]] = {
+    "no-seal": (NoSeal, "deposed"),
+    "no-position-check": (NoPositionCheck, "mix"),
+    "no-step-down": (NoStepDown, "deposed"),
+    "ack-before-fsync": (AckBeforeFsync, "machines"),
+    "lease-from-reply": (LeaseFromReply, "store"),
+    "no-quorum": (NoQuorum, "mix"),
+    "no-renewal-after-doubt": (NoRenewalAfterDoubt, "handoff"),
 }

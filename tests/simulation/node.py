@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tests.simulation.log import Disk, Entry, commit_after, common, start_after
+from tests.simulation.world import STORE, SimStore, finish
 from walship.coordination import ballot as b
 from walship.coordination.election import Election, State
 from walship.coordination.lease import Lease
@@ -27,9 +29,6 @@ from walship.coordination.record import (
 from walship.engine.acks import AckTracker
 from walship.errors import CompareFailed, Fenced, StoreUnavailable
 from walship.formats.position import Position
-
-from .log import Disk, Entry, commit_after, common, start_after
-from .world import STORE, SimStore, World, finish
 
 if TYPE_CHECKING:
     from .cluster import Cluster
@@ -61,7 +60,7 @@ class Machine:
         self.offset, self.rate = self.clock() - self.world.now * rate, rate
         if self.process is not None:
             self.process.wake = None
-            self.process.feed(b.Tick(self.clock()))
+            self.process.guarded(lambda process=self.process: process.feed(b.Tick(self.clock())))
 
     def start(self) -> None:
         if self.process is None:
@@ -244,7 +243,7 @@ class Process:
             case b.HandOver(claim, to):
                 self.swap(b.Swap.HAND, lambda store: hand_over(store, claim, to=to, phase=Phase.CLAIMING))
             case b.Promote(term):
-                self.later(self.fsync_seconds() + self.world.random.random() * 0.02, self.promote, term)
+                self.later(self.fsync_seconds() + self.world.random.choice((0.005, 0.05, 0.3)), self.promote, term)
             case b.Announce(claim, start):
                 self.swap(b.Swap.ANNOUNCE, lambda store: announce_leader(store, claim, start=start))
             case b.Serve(term):

@@ -1,4 +1,4 @@
-"""A simulated proxy: sends writes to the newest leader it knows, asks what became of those it heard nothing of (R19)."""
+"""A simulated proxy: sends writes to the newest leader it knows, and asks what became of those in doubt (R19)."""
 
 from __future__ import annotations
 
