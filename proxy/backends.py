@@ -124,6 +124,12 @@ class Backend:
         return None if self.status is None else self.status.lag_ms
 
     @property
+    def leads(self) -> bool:
+        """Its last status says that it leads in earnest: its term-start is acknowledged, its lease lives."""
+        status = self.status
+        return status is not None and status.role is Role.LEADER and StatusFlags.LED in status.flags
+
+    @property
     def silent_seconds(self) -> float:
         """Since anything was heard over the present link; infinite without one."""
         connection = self.connection
@@ -226,7 +232,7 @@ class Backends:
     def leader(self) -> Backend | None:
         """The usable node that says it leads, in the newest term heard of by any way (I18)."""
         for node in self._nodes.values():
-            if node.role is Role.LEADER and node.term >= self.highest_term and node.usable:
+            if node.leads and node.term >= self.highest_term and node.usable:
                 return node
         return None
 

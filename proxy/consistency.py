@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from walship.errors import CorruptRecord, ProtocolViolation, WriteLost
-from walship.formats.link import NO_POSITION, Status
+from walship.formats.link import NO_POSITION, Status, StatusFlags
 from walship.formats.link import Role as NodeRole
 from walship.formats.position import Position, TermHistory
 from walship.hrana.types import Level
@@ -103,7 +103,8 @@ class Floors:
         return self._position
 
     def learn(self, status: Status) -> None:
-        """Take what a node says: merge its history; a leader's word makes the floor ready, and ends an old term.
+        """Take what a node says: merge its history; a leader's word makes the floor ready, and ends an old term. Only
+        of one whose lease lives: a deposed one that does not know it gives a floor too low (docs/model.md, m6 LEASE).
 
         On a new term the own floor becomes (term, start): what lay beyond that start is in no surviving history, and
         only an explicit token beyond it gives WriteLost (R18).
@@ -112,7 +113,7 @@ class Floors:
         for term, start in status.history:
             if known.get(term) != start:
                 self.history.add(term, start)
-        if status.role is not NodeRole.LEADER or status.term < self.term:
+        if status.role is not NodeRole.LEADER or StatusFlags.LED not in status.flags or status.term < self.term:
             return
         self.term = status.term
         if self._position.term and self._position.term < status.term:

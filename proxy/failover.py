@@ -188,8 +188,6 @@ class Failover:
     def _seen(self, node: Backend) -> Seen:
         cluster, status = self._backends.cluster_record, node.status
         voters = () if cluster is None else cluster.voters
-        # A node that serves nothing yet may have no database: it could not lead.
-        flags = StatusFlags.NONE if status is None else status.flags
         return Seen(
             node.name,
             node.role,
@@ -197,7 +195,7 @@ class Failover:
             NO_POSITION if status is None else status.durable,
             node.lag_ms,
             node.silent_seconds,
-            node.name in voters and bool(flags & (StatusFlags.SERVING | StatusFlags.CANDIDATE)),
+            node.name in voters and status is not None and StatusFlags.CANDIDATE in status.flags,
         )
 
     def _ask(self, node: Backend) -> None:

@@ -214,7 +214,9 @@ class SmallNode:
             self.applied,
             position,
             position,
-            flags=StatusFlags.SERVING | (StatusFlags.DRAINING if self.draining else StatusFlags.NONE),
+            flags=StatusFlags.SERVING
+            | (StatusFlags.DRAINING if self.draining else StatusFlags.NONE)
+            | (StatusFlags.LED if self.role is Role.LEADER else StatusFlags.CANDIDATE),
             history=self.history.terms.starts(),
         )
 

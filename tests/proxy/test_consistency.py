@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.consistency import Floors, Settings, parse_ack, parse_level, parse_token
 from walship.errors import ProtocolViolation, WriteLost
-from walship.formats.link import NO_POSITION, Role, Status
+from walship.formats.link import NO_POSITION, Role, Status, StatusFlags
 from walship.formats.position import Position, TermHistory
 from walship.hrana.types import Level
 
 
 def status(role: Role, term: int, txid: int, history: tuple[tuple[int, int], ...] = ((1, 0),)) -> Status:
     position = Position(term, txid)
-    return Status("n", "00" * 16, role, term, position, position, position, history=history)
+    flags = StatusFlags.SERVING | (StatusFlags.LED if role is Role.LEADER else StatusFlags.NONE)
+    return Status("n", "00" * 16, role, term, position, position, position, flags=flags, history=history)
 
 
 def floors_at(term: int, txid: int) -> Floors:
@@ -31,6 +33,13 @@ def test_a_starting_proxy_is_ready_when_it_has_heard_a_leader() -> None:
     floors.learn(status(Role.LEADER, 1, 100))
     assert floors.ready
     assert floors.needed(Settings()) == Position(1, 100)
+
+
+def test_a_leader_whose_lease_is_over_gives_no_floor() -> None:
+    """m6 LEASE: it may have been deposed, and know nothing of what another one acknowledged."""
+    floors = Floors()
+    floors.learn(msgspec.structs.replace(status(Role.LEADER, 1, 100), flags=StatusFlags.SERVING))
+    assert not floors.ready
 
 
 def test_without_a_leader_the_newest_durable_position_of_enough_voters_is_the_floor() -> None:
