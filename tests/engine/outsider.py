@@ -6,7 +6,7 @@
     watch PATH          read with invariants in threads until `report`  -> ok
     report              stop watching                             -> JSON {"reads": n, "violations": [...]}
     hammer PATH KIND    write in a way of its own until `enough`   -> ok
-    enough              stop writing                               -> JSON {"commits": n, "errors": {text: n}, "marks": []}
+    enough              stop writing       -> JSON {"commits": n, "errors": {text: n}, "marks": [...]}
 
 The invariants (tests/engine/test_apply.py writes so that each commit keeps them): the sum over `account` is constant,
 `counter` never falls, two reads inside one transaction agree, rows of `pair` come in twos.
