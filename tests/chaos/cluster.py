@@ -218,7 +218,7 @@ class ChaosCluster:
             seen = self.statuses()
             logs = [status.get("log") for status in seen.values()]  # a node without one is about to get its first copy
             tips = {(log["tip"], log["checksum"]) if log else None for log in logs}
-            lags = any(status["lag_txids"] != 0 for status in seen.values())
+            lags = len({status["txid"] for status in seen.values()}) != 1  # what is logged may not be applied yet
             return seen if len(seen) == len(self.nodes) and len(tips) == 1 and None not in tips and not lags else None
 
         found = eventually(level, "all nodes are level", timeout_seconds=timeout_seconds)
