@@ -110,7 +110,7 @@ def test_values_that_cannot_work_are_refused_with_key_and_allowed(flag: str, val
     ("text", "words"),
     [
         ("nonsense", "not TOML"),
-        ("[nodes]\nname = 'a'", "unknown nodes; allowed: the tables node, proxy, status, up"),
+        ("[nodes]\nname = 'a'", "unknown nodes; allowed: the tables node, order, proxy, status, up"),
         ("[node]\nnam = 'a'", r"\[node\] has nam; allowed: ack, admin-token, advertise"),
         ("node = 3", "a value where a table belongs"),
         ("[node]\npriority = 'x'", r"\[node\] priority in .* is not allowed"),
