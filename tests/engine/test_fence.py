@@ -10,12 +10,15 @@ import threading
 import time
 from pathlib import Path
 
+import apsw
 import pytest
 
 from tests.engine.nodes import FollowerNode, LeaderNode, ask, cluster, make_database, outside, read, rows, scanned
 from tests.waiting import eventually
+from walship.engine.acks import AckTracker
 from walship.engine.checkpoint import CheckpointPolicy, empty
 from walship.engine.database import Database
+from walship.engine.writer import Writer, WriterLimits
 from walship.errors import Unavailable
 from walship.formats.wal_index import INDEX_HEADER_SIZE
 
@@ -137,6 +140,32 @@ class TestRoles:
         leader.commit("INSERT INTO t VALUES(2, 'x')")
         assert scanned(leader.database) == leader.tip.checksum
         leader.close()
+
+    async def test_a_writer_whose_lease_has_ended_keeps_others_out_until_it_is_renewed(self, tmp_path: Path) -> None:
+        leader = LeaderNode(tmp_path / "n", setup=SETUP)
+        live = True
+        acks = AckTracker(leader.leader.term, 0, leader.watermarks.captured)
+        limits = WriterLimits(foreign_poll_seconds=0.01)
+        writer = Writer(leader.leader, acks, limits=limits, on_failure=leader.failures.append, live=lambda: live)
+        leader.writer = writer
+        writer.start()
+
+        def insert(connection: apsw.Connection) -> None:
+            connection.execute("INSERT INTO t(body) VALUES('ours')")
+
+        with outside() as other:
+            ask(other, "open", str(tmp_path / "n" / "data.db"))
+            assert ask(other, "run", WRITES[0]) == "[]"
+            live = False
+            await eventually(lambda: leader.database.fence.held)
+            assert refused(other)
+            live = True
+            async with asyncio.timeout(1.5):  # not SQLite's busy timeout: the fence is let go before it runs
+                await writer.submit(insert, ack=0)
+            assert ask(other, "run", "INSERT INTO t VALUES(2000, 'theirs')") == "[]"
+            ask(other, "close")
+        await leader.stop()
+        assert not leader.failures
 
 
 class TestEmptying:

@@ -478,7 +478,7 @@ class Writer:
                 self._finish(running, taken)
                 return False
             taken += 1
-            if not isinstance(item, Call) and (self._retiring or not self._live()):
+            if not isinstance(item, Call) and (self._retiring or not self._leads()):
                 self._refuse(item)
             elif isinstance(item, Job):
                 running.append(item)
@@ -504,6 +504,15 @@ class Writer:
                 break
         self._finish(running, taken)
         return True
+
+    def _leads(self) -> bool:
+        """Whether the lease lasts. While it does not, foreign programs are kept out too (R10)."""
+        live = self._live()
+        if not live:
+            self._leader.fence()
+        elif not self._paused:
+            self._leader.unfence()
+        return live
 
     def _refuse(self, item: Job | Turn) -> None:
         refused = Draining(_LEASE_OVER)
@@ -537,6 +546,7 @@ class Writer:
             return  # its commit and the end of its turn go into one frame, with a whole token
         self._finish([], 0)
         self._leader.make_way()
+        self._leads()
 
     def _call(self, call: Call) -> None:
         try:
