@@ -36,7 +36,6 @@ STATES = st.builds(
     base=st.none() | st.builds(WalBase, U64, PAIRS, U32, PAIRS),
     next_base=st.none() | U64,
     mark=st.none() | MARKS,
-    rewinding=st.none() | st.just({"to": "1.2", "pages": [1, 2]}),
     installing=st.none() | st.just({"file": "x"}),
 )
 

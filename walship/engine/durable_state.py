@@ -31,7 +31,7 @@ STATE_FILE = "state"
 _TEMPORARY = "state.new"
 _MAGIC = b"walship-state"
 _VERSION = b"1"
-_SIZE_LIMIT = 64 << 20  # `rewinding` lists pages; anything larger is not our file
+_SIZE_LIMIT = 64 << 20  # `installing` lists terms; anything larger is not our file
 
 
 class Truth(StrEnum):
@@ -83,7 +83,7 @@ class DurableState:
         copied frames into it since; then no generation can be said to be the next one. While truth is `log` the same
         three say what a follower left in its -wal, so that what others wrote to it is found (R10).
     mark: everything up to here is durable in database file and -wal, and the saved checksum array is of it (R8).
-    rewinding, installing: a rewind or a snapshot install that has begun and is to be finished at start (R9, R12).
+    installing: a snapshot install, whole or sparse, that has begun and is to be finished at start (R9, R12).
     """
 
     node_id: str
@@ -97,7 +97,6 @@ class DurableState:
     next_base: int | None = None
     next_base_file: FileStamp | None = None
     mark: Tip | None = None
-    rewinding: dict[str, Any] | None = None
     installing: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -205,6 +205,7 @@ class Report:
                 "seeds": subscribed.seeds,
                 "mismatches": subscribed.mismatches,
                 "frames": subscribed.frames,
+                "received_bytes": subscribed.received_bytes,
                 "batches": node.follower.batches(),
                 "last_error": subscribed.last_error,
             }
