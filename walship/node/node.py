@@ -54,6 +54,7 @@ from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position
 from walship.hrana.types import Batch, Level
 from walship.node.admin_orphans import Orphanage
+from walship.node.complaints import Complaints
 from walship.node.elector import Elector
 from walship.node.embedded import EmbeddedReplicas
 from walship.node.join import Membership
@@ -66,6 +67,7 @@ from walship.node.role import Event, Role, next_role
 from walship.node.scrub import pin_follower, pin_leader, scrub
 from walship.node.sides import Sides
 from walship.node.switchover import switch_over
+from walship.node.voters import Voters
 from walship.replication.publisher import Publisher, turn_away
 from walship.replication.subscriber import Subscriber
 from walship.service.limits import Limits
@@ -129,6 +131,7 @@ class Node:
         )
         self._limits = limits
         self.sides = Sides(self, limits)
+        self.voters = Voters(self)
         self.elector = Elector(self)
         self.links = LinkServer(
             self,
@@ -210,7 +213,7 @@ class Node:
         return (None, None, 0) if record is None else (record.name, record.url, record.term)
 
     def record_ack(self, node_id: str, durable: Position, applied: Position, *, voter: bool) -> None:
-        if voter and self.sides.led is not None:
+        if self.sides.led is not None:  # who counts as a voter is the record's to say, not the follower's
             self.sides.led.record_ack(node_id, durable)
 
     def forget(self, node_id: str) -> None:
@@ -410,9 +413,11 @@ class Node:
         """Start what runs beside the service; it ends after the service has."""
         work: list[tuple[str, Coroutine[Any, Any, None]]] = [
             ("elector", self.elector.run()),
+            ("watch voters", self.voters.watch()),
             ("log retention", self._retain()),
             ("scrub", self._scrub()),
             ("embedded replicas", self.embedded.run()),
+            ("complaints", Complaints(self).run()),
             ("orphans", self.orphans.run()),
         ]
         for name, coroutine in work:
