@@ -12,6 +12,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from walship.coordination.ballot import Candidate
 from walship.coordination.file_store import FileStore
 from walship.coordination.record import (
     ClusterRecord,
@@ -26,11 +27,14 @@ from walship.coordination.record import (
     create_cluster,
     decode,
     encode,
+    hand_over,
     read_cluster,
     read_leader,
     read_nodes,
     read_terms,
     register_node,
+    release,
+    renew,
     term_key,
 )
 from walship.errors import CompareFailed, CorruptState, Fenced, Refused, UsageError
@@ -159,3 +163,62 @@ def test_a_record_comes_back_whole_or_is_our_error(record: LeaderRecord, data: s
     damaged = text[:at] + bytes([data.draw(st.integers(0, 255))]) + text[at + 1 :]
     with contextlib.suppress(UsageError, CorruptState):
         decode(LeaderRecord, "leader", damaged)
+
+
+async def test_renewing_counts_and_names_the_version(store: FileStore) -> None:
+    claimed = await claim(store, None)
+    renewed = await renew(store, claimed)
+    assert (renewed.record.beat, renewed.record.term) == (1, 1)
+    with pytest.raises(CompareFailed):
+        await renew(store, claimed)
+    assert await read_leader(store) == renewed
+
+
+async def test_a_released_term_is_vacant_and_the_next_one_can_be_claimed(store: FileStore) -> None:
+    released = await release(store, await claim(store, None))
+    assert released.record.phase is Phase.VACANT
+    assert (await claim(store, released, "n2")).record.term == 2
+
+
+async def test_a_claim_is_handed_over_in_its_term(store: FileStore) -> None:
+    """R12a: one compare-and-swap; the new holder is named by its process."""
+    claimed = await claim(store, None)
+    heir = Candidate("id2", "node2", "http://node2", "nonce2")
+    handed = await hand_over(store, claimed, to=heir, phase=Phase.CLAIMING)
+    record = handed.record
+    assert (record.term, record.holder, record.name, record.url, record.nonce) == (
+        1,
+        "id2",
+        "node2",
+        "http://node2",
+        "nonce2",
+    )
+    assert (record.phase, record.start) == (Phase.CLAIMING, None)
+    with pytest.raises(CompareFailed):
+        await announce_leader(store, claimed, start=START)
+
+
+async def test_a_handoff_opens_the_next_term_at_the_quiet_leaders_position(store: FileStore) -> None:
+    serving = await announce_leader(store, await claim(store, None), start=START)
+    start = TermStart(prev_term=1, prev_txid=7, checksum=5)
+    heir = Candidate("id2", "node2", "http://node2", "nonce2")
+    handed = await hand_over(store, await renew(store, serving), to=heir, phase=Phase.HANDOFF, start=start)
+    assert (handed.record.term, handed.record.phase, handed.record.start) == (2, Phase.HANDOFF, start)
+    assert handed.record.beat == 0
+
+
+@pytest.mark.parametrize(
+    ("phase", "start"), [(Phase.CLAIMING, START), (Phase.HANDOFF, None), (Phase.SERVING, None), (Phase.VACANT, None)]
+)
+async def test_nothing_else_can_be_handed_over(store: FileStore, phase: Phase, start: TermStart | None) -> None:
+    claimed = await claim(store, None)
+    with pytest.raises(ValueError, match="handoff"):
+        await hand_over(store, claimed, to=Candidate("id2", "n2", "u", "x"), phase=phase, start=start)
+    assert await read_leader(store) == claimed
+
+
+async def test_a_record_of_an_older_walship_has_no_nonce(store: FileStore) -> None:
+    claimed = await claim(store, None)
+    data = encode(claimed.record).replace(b',"nonce":""', b"")
+    assert b"nonce" not in data
+    assert decode(LeaderRecord, "leader", data) == claimed.record
