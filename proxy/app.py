@@ -91,6 +91,7 @@ class Proxy:
         self.failover = Failover(
             self.backends, held=lambda: len(self.hold.buffer), clock=self._clock, metrics=self.numbers
         )
+        self.hold.on_empty = self.failover.wake
         self.dispatcher = Dispatcher(
             self.backends,
             self.floors,

@@ -163,6 +163,7 @@ class Hold:
     ) -> None:
         self.buffer = Buffer(limits)
         self._leads, self._clock, self._metrics = leads, clock, metrics
+        self.on_empty: Callable[[], None] = lambda: None  # called when the last one has left
         self._turns: dict[Ticket, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -206,6 +207,8 @@ class Hold:
             self._metrics.hold_seconds.observe(self._clock() - ticket.since)
         self.buffer.leave(ticket, done=done)
         self.look()
+        if not len(self.buffer):
+            self.on_empty()
 
     def look(self) -> None:
         """Let go whom the moment allows."""

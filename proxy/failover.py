@@ -164,11 +164,15 @@ class Failover:
             except TimeoutError:
                 continue
 
+    def wake(self) -> None:
+        """Something that is measured has happened: look now."""
+        self._wake.set()
+
     def _news(self) -> None:
         leader = self._backends.leader
         if leader is not self._leader or self.lookout.suspected_at is not None:
             self._leader = leader
-            self._wake.set()
+            self.wake()
 
     def _look(self) -> None:
         backends, now = self._backends, self._clock()
