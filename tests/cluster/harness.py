@@ -140,7 +140,7 @@ class Process:
 
 
 class Cluster:
-    """Nodes n1 (which founds and leads), n2, ... and one proxy, each a process of its own under `root`."""
+    """Nodes n1 (which founds, and leads first), n2, ... and one proxy, each a process of its own under `root`."""
 
     def __init__(
         self,
@@ -157,6 +157,7 @@ class Cluster:
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.processes = {name: Process(name, root / f"{name}.log") for name in [*self.names, "proxy"]}
         self.node_words = node_words
+        self._last_leader = self.names[0]
         self.prefix_of: Callable[[str], tuple[str, ...]] = lambda _name: ()  # what a node is run under, as strace
         self._proxy_words = proxy_words
         self._store = store or f"file://{root}/store"
@@ -166,11 +167,26 @@ class Cluster:
 
     @property
     def leader(self) -> str:
-        return self.names[0]
+        """The node that leads now by its own word, in the newest term; while none does, the one that led last."""
+        terms = {}
+        for name in self.names:
+            with contextlib.suppress(*Failure, OSError):
+                if self.processes[name].alive and (status := self.status(name))["role"] == "leader":
+                    terms[status["term"]] = name
+        if terms:
+            self._last_leader = terms[max(terms)]
+        return self._last_leader
 
     @property
     def followers(self) -> list[str]:
-        return self.names[1:]
+        leader = self.leader
+        return [name for name in self.names if name != leader]
+
+    def kill_leader(self) -> str:
+        """kill -9 of the leader; its name, for whoever starts it again."""
+        name = self.leader
+        self.processes[name].kill()
+        return name
 
     @property
     def url(self) -> str:
@@ -186,7 +202,7 @@ class Cluster:
     def start_node(self, name: str) -> None:
         node = self.processes[name]
         words = ["node", "--name", name, "--data", str(self.root / name), "--cluster", self._store, *self.node_words]
-        if name == self.leader and not (self.root / name).exists():
+        if name == self.names[0] and not (self.root / name).exists():
             words += self._found
         node.start(words, prefix=self.prefix_of(name))
         node.url = json.loads(node.first_line())["url"]
@@ -229,9 +245,11 @@ class Cluster:
 
         def level() -> bool:
             seen.update({name: self.status(name) for name in self.names})
-            positions = {status["positions"]["applied"] for status in seen.values() if status["name"] != self.leader}
+            leaders = {status["positions"]["captured"] for status in seen.values() if status["role"] == "leader"}
+            positions = {status["positions"]["applied"] for status in seen.values() if status["role"] != "leader"}
             return (
-                positions <= {seen[self.leader]["positions"]["captured"]}
+                len(leaders) == 1
+                and positions <= leaders
                 and len({(status["log"]["tip"], status["log"]["checksum"]) for status in seen.values()}) == 1
             )
 
@@ -244,7 +262,8 @@ class Cluster:
     def stop(self) -> list[Path]:
         """Stop all in order, each with exit code 0; returns the database files of the nodes."""
         databases = [self.database(name) for name in self.names]
-        for name in ["proxy", *self.followers, self.leader]:
+        leader = self.leader
+        for name in ["proxy", *[name for name in self.names if name != leader], leader]:
             code = self.processes[name].stop()
             assert code == 0, f"{name} ended with {code}; its log ends:\n{self.processes[name].log_tail()}"
         return databases

@@ -97,8 +97,7 @@ def test_a_local_copy_bootstraps_follows_writes_through_and_crosses_generations(
         assert replica.ask("reopen") == "reopened"
         assert replica.count() == 251
         # The leader dies and begins a new term, and with it a generation.
-        cluster.processes[cluster.leader].kill()
-        cluster.start_node(cluster.leader)
+        cluster.start_node(cluster.kill_leader())
         cluster.wait_healthy()
         insert(cluster, 20)
 

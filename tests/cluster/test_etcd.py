@@ -24,21 +24,19 @@ def etcd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Etcd]:
 def test_a_cluster_at_an_etcd_writes_and_leads_again_after_kill_9(
     etcd: Etcd, start_cluster: Callable[..., Cluster]
 ) -> None:
-    """The leader is killed and started again: it leads the next term, and has what was acknowledged."""
+    """The leader is killed and started again; one of the two leads then, and has what was acknowledged."""
     cluster = start_cluster(nodes=2, store=etcd.url("shop"))
-    leader = cluster.processes[cluster.leader]
     with cluster.client() as client:
         client.execute("CREATE TABLE t (v)")
         for number in range(20):
             client.execute(f"INSERT INTO t VALUES ({number})")
         before = cluster.status(cluster.leader)["term"]
-        leader.kill()
-        cluster.start_node(cluster.leader)
+        cluster.start_node(cluster.kill_leader())
         cluster.wait_healthy()
         client.execute("INSERT INTO t VALUES (20)")
         assert client.execute("SELECT count(*) * 1000 + sum(v) FROM t").value == 21210
     cluster.wait_level()
-    assert cluster.status(cluster.leader)["term"] == before + 1
+    assert cluster.status(cluster.leader)["term"] > before
 
 
 def test_a_cluster_goes_on_while_its_etcd_is_away_and_its_parts_come_back_with_it(

@@ -227,9 +227,9 @@ def test_what_one_reader_sees_never_goes_back_while_the_leader_is_killed_and_com
             for _ in range(3):
                 before = acknowledged[0]
                 eventually(lambda before=before: acknowledged[0] > before + 20, "writes go on")  # type: ignore[misc]
-                cluster.processes[cluster.leader].kill()
+                name = cluster.kill_leader()
                 time.sleep(0.3)
-                cluster.start_node(cluster.leader)
+                cluster.start_node(name)
         finally:
             done.set()
         for future in futures:
@@ -247,17 +247,15 @@ def test_session_reads_go_on_without_a_leader_and_see_what_the_other_proxy_ackno
     number = next(_numbers)
     with Client(one) as writer, Client(other) as reader:
         writer.execute("INSERT INTO w VALUES (?, ?)", number, number)
-        cluster.processes[cluster.leader].kill()
+        stopped = cluster.processes[cluster.leader]
+        os.kill(stopped.pid, signal.SIGSTOP)  # until its lease ends nobody leads
         try:
             for _ in range(20):
                 assert reader.execute("SELECT v FROM w WHERE id = ?", number).rows == [(number,)]
-            started = time.monotonic()
-            with pytest.raises(Failed) as refused:
-                reader.sequence(LINEARIZABLE, "SELECT 1")
-            assert refused.value.code == "WALSHIP_UNAVAILABLE"
-            assert time.monotonic() - started < 15
+            # Proof is for the next leader to give.
+            assert reader.sequence(LINEARIZABLE, "SELECT 1")
         finally:
-            cluster.start_node(cluster.leader)
+            os.kill(stopped.pid, signal.SIGCONT)
     cluster.wait_healthy()
 
 

@@ -70,8 +70,7 @@ def test_connections_survive_idleness_a_killed_proxy_and_a_killed_leader(start_c
         cluster.start_proxy()
 
     def restart_leader() -> None:
-        cluster.processes[cluster.leader].kill()
-        cluster.start_node(cluster.leader)
+        cluster.start_node(cluster.kill_leader())
         cluster.wait_healthy()
 
     with ExitStack() as stack:

@@ -41,8 +41,7 @@ def test_a_copy_of_100_mb_follows_a_thousand_commits(start_cluster: Callable[...
         assert replica.ask("write INSERT INTO e(v) VALUES ('through')") == "written"
         assert replica.ask("read SELECT count(*) FROM e WHERE v = 'through'") == [[1]]
         assert replica.ask("reopen") == "reopened"
-        cluster.processes[cluster.leader].kill()
-        cluster.start_node(cluster.leader)
+        cluster.start_node(cluster.kill_leader())
         cluster.wait_healthy()
         with cluster.client() as client:
             client.execute("INSERT INTO e(v) VALUES ('after')")
