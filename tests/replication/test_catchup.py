@@ -11,7 +11,7 @@ import pytest
 from tests.replication.talk import CLUSTER, HELLO, SEED_ME, TIP, frames_after
 from walship.engine.log import Log, LogLimits
 from walship.formats.checksum import FLAG
-from walship.formats.position import Position
+from walship.formats.position import Position, Tip
 from walship.replication.catchup import FromLog, FromSnapshot, LeaderView, plan
 from walship.replication.messages import PROTOCOL, Hello, Refusal, RefusalReason
 
@@ -113,3 +113,26 @@ def test_reasons_stay_within_what_a_welcome_may_carry(view: LeaderView) -> None:
     answer = plan(replace(SEED_ME, reseed="x" * 4000), view)
     assert isinstance(answer, FromSnapshot)
     assert len(answer.why) == 1000
+
+
+@pytest.mark.parametrize(
+    ("hello", "sparse", "differs"),
+    [
+        (replace(SEED_ME, comparable=True), True, False),
+        (replace(HELLO, tip=replace(TIP, checksum=FLAG | 99), comparable=True), True, None),
+        (replace(HELLO, tip=Tip(Position(3, 99), FLAG | 9, 2), comparable=True), True, True),
+        (replace(HELLO, tip=Tip(Position(3, 99), FLAG | 9, 2)), False, True),
+        (replace(SEED_ME, comparable=True, page_size=8192), False, False),
+    ],
+)
+def test_what_can_be_compared_is_compared(hello: Hello, sparse: bool, differs: bool | None, view: LeaderView) -> None:
+    answer = plan(hello, view)
+    assert isinstance(answer, FromSnapshot)
+    assert answer.sparse is sparse
+    assert differs is None or answer.differs is differs
+
+
+def test_a_follower_of_an_older_walship_is_told_so(view: LeaderView) -> None:
+    answer = plan(replace(HELLO, protocol=2), view)
+    assert isinstance(answer, Refusal)
+    assert "speaks replication protocol 3" in answer.message
