@@ -20,7 +20,7 @@ from tests.engine.nodes import (
 )
 from tests.waiting import eventually
 from walship.engine.durable_state import StateFile
-from walship.engine.follower import LagMeter
+from walship.engine.lag import LagMeter
 from walship.formats.position import Position
 
 SETUP = ("CREATE TABLE t(id INTEGER PRIMARY KEY, body)",)

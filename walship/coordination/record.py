@@ -88,6 +88,8 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What makes a cluster one: its id (32 hex digits), its voters by name, the number of follower acks.
 
     `secret` is what its processes know each other by (`credential`); empty in a cluster founded before there was one.
+    Voters and acks change one at a time (`membership`): `gen` counts the changes, `term` is the newest term that may
+    make one.
     """
 
     format: int = FORMAT
@@ -97,6 +99,9 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
     acks: int
     database: str = ""  # path of the first node's database as given to `up`; for people, and to notice another one
     secret: str = ""  # random, 64 hex digits
+    ack_all: bool = False  # acks follows the voters: all but the leader
+    gen: int = 0
+    term: int = 0
 
     def credential(self, purpose: str) -> str:
         """What a process of this cluster shows when it opens a connection of its own for `purpose`; empty: nothing.

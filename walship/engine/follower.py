@@ -12,12 +12,9 @@ applying waits until the leader's acknowledged position covers the frame, so tha
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from walship.engine.divergence import holds, keep_orphan
 from walship.engine.durable_state import StateFile, Truth
 from walship.engine.foreign import Foreign, keep, left
 from walship.engine.intake import Intake
+from walship.engine.lag import LagMeter
 from walship.engine.log import Log, LogLimits
 from walship.engine.marks import Marks
 from walship.engine.orphans import Manifest
@@ -40,7 +38,7 @@ from walship.formats.checksum import PageChecksums
 from walship.formats.frame import FrameHeader, SnapshotHeader
 from walship.formats.position import Position, TermHistory, Tip
 
-__all__ = ["Follower", "FollowerSeed", "LagMeter"]
+__all__ = ["Follower", "FollowerSeed"]
 
 _log = logging.getLogger("walship.engine")
 
@@ -49,29 +47,6 @@ _HELD_ACKS_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 _FAR = 1 << 64
 _MOST_COMPARED_PAGES = 8 << 20  # as many as a leader compares
-
-
-@dataclass(slots=True)
-class LagMeter:
-    """Lag in seconds on this node's own monotonic clock: how long ago the oldest position not yet applied was heard."""
-
-    _heard: deque[tuple[Position, float]]
-
-    @classmethod
-    def new(cls) -> LagMeter:
-        return cls(deque(maxlen=4096))
-
-    def heard(self, tip: Position, now: float) -> None:
-        if not self._heard or tip.order() > self._heard[-1][0].order():
-            if len(self._heard) == self._heard.maxlen:
-                # Every second one goes, never the oldest: the answer stays about right however long it takes.
-                self._heard = deque(itertools.islice(self._heard, 0, None, 2), maxlen=self._heard.maxlen)
-            self._heard.append((tip, now))
-
-    def seconds(self, applied: Position, now: float) -> float:
-        while self._heard and applied.order() >= self._heard[0][0].order():
-            self._heard.popleft()
-        return now - self._heard[0][1] if self._heard else 0.0
 
 
 class Follower:
@@ -203,6 +178,12 @@ class Follower:
     async def abandon(self) -> None:
         if self._intake is not None:
             await self._intake.abandon()
+
+    def set_rule(self, *, voter: bool, acks: int) -> None:
+        """Voters or acks of the cluster have changed. What readers here have seen stays seen."""
+        self.voter, self._acks, self._applies_at_once = voter, acks, voter and acks <= 1
+        if self._replayer is not None:
+            self._replayer.wake()
 
     def heard(self, *, tip: Position, acked: Position, leader_time_ms: int, keep_from: int) -> None:
         if self._broken is not None:

@@ -36,4 +36,6 @@ def routes(node: Node) -> list[Route]:
         before = node.term
         return {"from": node.name, "to": await switch_over(node, asked.to), "term": before + 1}
 
-    return admin_routes(gate, [AdminVerb("POST", "switchover", switchover), *node.orphans.verbs()])
+    return admin_routes(
+        gate, [AdminVerb("POST", "switchover", switchover), *node.orphans.verbs(), *node.voters.verbs()]
+    )

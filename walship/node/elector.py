@@ -257,8 +257,15 @@ class Elector:
         node, term = self._node, action.term
         try:
             await node.sides.promise(term)
+            # Before any voter is asked: by whom, and by how many, is this same record's to say (model m8, MARK).
+            async with asyncio.timeout(self._patience):
+                await node.voters.mark(term)
         except Fenced:
-            self._events.put_nowait(Sealed(boottime(), node.member.state.state.promised))
+            self._events.put_nowait(Sealed(boottime(), max(node.member.state.state.promised, term + 1)))
+            return
+        except (WalshipError, TimeoutError) as error:
+            _log.warning("the voters cannot be read, term=%d is given up: %s", term, error or "no answer in time")
+            self._events.put_nowait(PromotionFailed(boottime(), term, f"the voters cannot be read ({error})"))
             return
         tip = node.sides.eligible()
         lag = max(0, tip.position.txid - node.report.applied().txid) if tip is not None else 0

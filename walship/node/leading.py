@@ -57,6 +57,7 @@ class Leading:
         self.term = engine.term
         self.start_txid = engine.tip.position.txid
         self.lease = lease
+        self.ack_heard = asyncio.Event()  # set at each acknowledgment of a follower
         voters = frozenset(node.member.record.voters)
         self.acks: AckTracker | None = AckTracker(engine.term, AckRule(acks, voters), _NOWHERE)
         self.writer = Writer(engine, self.acks, on_failure=node.fail, live=self.live)
@@ -97,6 +98,7 @@ class Leading:
         name = self.publisher.name_of(node_id)
         if self.acks is not None and name is not None:
             self.acks.record(node_id, durable, name)
+            self.ack_heard.set()
             self.move_acked()
 
     def move_acked(self) -> None:

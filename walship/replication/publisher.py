@@ -10,6 +10,7 @@ Resource handling: `serve` owns the connection it is given and closes it. `run` 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections import Counter
@@ -71,6 +72,7 @@ class Publisher:
         prompt_acked: set when followers wait for the acked position before they apply (n >= 2, R15). Non-voters
             always do.
         acks: acknowledgments that the cluster's rule asks for; so many voters must prove a read index.
+        voters: their names; None: whoever says so in its hello.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Publisher:
         tail_bytes: int = TAIL_BYTES,
         prompt_acked: bool = False,
         acks: int = 0,
+        voters: frozenset[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -90,6 +93,7 @@ class Publisher:
         self._max_followers = max_followers
         self._tail = Tail(tail_bytes)
         self._prompt_acked = prompt_acked
+        self._voters = voters
         self._clock = clock
         self._wall_clock = wall_clock
         self._holds = Holds(source.log, lambda: source.watermarks.durable, clock)
@@ -117,6 +121,25 @@ class Publisher:
         """Marks have moved. To be given to `Watermarks.on_change`; cheap, and safe to call for nothing."""
         for feed in self._feeds.values():
             feed.wake()
+
+    def require(self, acks: int) -> None:
+        """So many voters must prove a read index, and with 2 or more followers wait for the acked position (R15)."""
+        self._rounds.require(acks)
+        self._prompt_acked = acks >= 2
+
+    def set_rule(self, acks: int, voters: frozenset[str]) -> None:
+        """Voters or acks have changed. Who counts otherwise than before is asked to connect again."""
+        prompt = self._prompt_acked
+        self.require(acks)
+        self._voters = voters
+        for feed in tuple(self._feeds.values()):
+            if prompt != self._prompt_acked or feed.hello.voter != (feed.hello.name in voters):
+                feed.stop(GoodbyeReason.REPLACED, "the voters of the cluster have changed")
+
+    def name_of(self, node_id: str) -> str | None:
+        """The name of a follower that is connected now."""
+        feed = self._feeds.get(node_id)
+        return None if feed is None else feed.hello.name
 
     async def read_index(self, timeout_seconds: float) -> Position:
         """A position for linearizable reads, from a leader proven to lead (R18). Raises as `Rounds.index`."""
@@ -243,6 +266,8 @@ class Publisher:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
+        if self._voters is not None:  # a follower may not have heard of a change yet
+            hello = dataclasses.replace(hello, voter=hello.name in self._voters)
         feed = Feed(
             self._source,
             hello,

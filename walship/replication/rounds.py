@@ -46,6 +46,10 @@ class Rounds:
         self._scheduled = False
         self._ended: WalshipError | None = None
 
+    def require(self, required: int) -> None:
+        """The rule has changed; a round under way needs the new number too."""
+        self._required = required
+
     async def index(self, timeout_seconds: float) -> Position:
         """A position that covers everything acknowledged or shown before this call, from a leader proven to lead.
 
@@ -53,7 +57,7 @@ class Rounds:
         """
         if not self._required:
             raise StatementFailed(
-                "linearizable needs acknowledgments, and this cluster was founded with --ack 0: a write may be lost "
+                "linearizable needs acknowledgments, and this cluster has ack 0: a write may be lost "
                 "after somebody has read it. Nothing was run; use session or any, or a cluster with --ack 1",
                 NEEDS_ACK,
             )
