@@ -19,6 +19,7 @@ import msgspec
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from proxy.admin import AdminProxy
 from proxy.backends import Backends
 from proxy.buffer import Hold, HoldLimits
 from proxy.consistency import Floors, Settings
@@ -109,7 +110,8 @@ class Proxy:
             known=self._known,
             bodies=Bodies(config.body_max_bytes),
         )
-        self.gate = open_gate(config)
+        self.gate = open_gate(config, self._admin_credential)
+        self.admin = AdminProxy(self.backends, self.gate.admin, self._admin_credential)
         self.embedded = EmbeddedProxy(self.backends, self.floors, rng)
         self.door = Door(
             lambda client: SocketStream(self.front, self.streams, self.dispatcher, client),
@@ -118,7 +120,7 @@ class Proxy:
             drain_seconds=config.drain_seconds,
         )
         self.on_drain: Callable[[], None] = lambda: None
-        self._pages: ASGIApp = plain_pages(self, self.embedded.routes())
+        self._pages: ASGIApp = plain_pages(self, [*self.embedded.routes(), *self.admin.routes()])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application: Hrana first, then the pages around it."""
@@ -144,7 +146,7 @@ class Proxy:
 
     async def run(self) -> None:
         """Links and sweeper; ends only by cancellation."""
-        async with contextlib.aclosing(self.embedded), asyncio.TaskGroup() as tasks:
+        async with contextlib.aclosing(self.embedded), contextlib.aclosing(self.admin), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.backends.run(), name="backends")
             tasks.create_task(self.freshness.run(), name="freshness")
             tasks.create_task(self.failover.run(), name="failover")
@@ -189,6 +191,10 @@ class Proxy:
             "failover": self.failover.status(),
         }
         return cluster_status(self.backends, cluster=self.backends.cluster_record, proxy=proxy, clock=self._clock)
+
+    def _admin_credential(self) -> str:
+        cluster = self.backends.cluster_record
+        return "" if cluster is None else cluster.credential("admin")
 
     def _known(self) -> Known:
         cluster = self.backends.cluster_record

@@ -492,6 +492,77 @@ def orphans_export(
     return orphans.export(settings, data, name, target, database)
 
 
+_voters = typer.Typer(
+    help=(
+        "Voters and acknowledgments: list, add, remove, ack. Voters acknowledge writes and may lead; other nodes only "
+        "follow."
+    ),
+    no_args_is_help=True,
+)
+app.add_typer(_voters, name="voters")
+_ASKED = typer.Option("--url", metavar="URL", help="A proxy or node. Default http://127.0.0.1:8080.")
+_ONE_LINE = _option("json", "", "One line of JSON instead of words.")
+
+
+@_voters.command(name="list", help="Who votes, who could, and what the rule promises.")
+def voters_list(
+    url: Annotated[Text, _ASKED] = None,
+    json: Annotated[Flag, _ONE_LINE] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
+    cluster: Annotated[Text, _CLUSTER_OF] = None,
+    config: ConfigFile = None,
+) -> int:
+    from walship.cli import voters
+
+    settings = _build(OrderConfig, config, url=url, json=json or None, admin_token=admin_token, cluster=cluster)
+    return voters.listing(settings)
+
+
+@_voters.command(name="add", help="Let a node vote that follows closely. Its acknowledgments count from then on.")
+def voters_add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the node.")],
+    url: Annotated[Text, _ASKED] = None,
+    json: Annotated[Flag, _ONE_LINE] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
+    cluster: Annotated[Text, _CLUSTER_OF] = None,
+    config: ConfigFile = None,
+) -> int:
+    from walship.cli import voters
+
+    settings = _build(OrderConfig, config, url=url, json=json or None, admin_token=admin_token, cluster=cluster)
+    return voters.change(settings, {"add": name})
+
+
+@_voters.command(name="remove", help="Take a node's vote, also of one that is gone. It may go on following.")
+def voters_remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the node; not the leader.")],
+    url: Annotated[Text, _ASKED] = None,
+    json: Annotated[Flag, _ONE_LINE] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
+    cluster: Annotated[Text, _CLUSTER_OF] = None,
+    config: ConfigFile = None,
+) -> int:
+    from walship.cli import voters
+
+    settings = _build(OrderConfig, config, url=url, json=json or None, admin_token=admin_token, cluster=cluster)
+    return voters.change(settings, {"remove": name})
+
+
+@_voters.command(name="ack", help="How many followers must hold a write on disk before it is acknowledged.")
+def voters_ack(
+    acks: Annotated[str, typer.Argument(metavar="N|all", help="A number, or all: every voter but the leader.")],
+    url: Annotated[Text, _ASKED] = None,
+    json: Annotated[Flag, _ONE_LINE] = None,
+    admin_token: Annotated[Text, _ADMIN_TOKEN] = None,
+    cluster: Annotated[Text, _CLUSTER_OF] = None,
+    config: ConfigFile = None,
+) -> int:
+    from walship.cli import voters
+
+    settings = _build(OrderConfig, config, url=url, json=json or None, admin_token=admin_token, cluster=cluster)
+    return voters.change(settings, {"ack": acks})
+
+
 def run(arguments: Sequence[str] | None) -> int:
     """Run the command line; every expected failure becomes one paragraph on stderr and an exit code."""
     try:

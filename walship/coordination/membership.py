@@ -165,7 +165,8 @@ def _without_voter(record: ClusterRecord, name: str, leader: str) -> ClusterReco
             "walship switchover",
         )
     left = tuple(voter for voter in record.voters if voter != name)
-    if not record.ack_all and record.acks > len(left) - 1:
+    # `all` of one voter would be none: no acknowledgment is ever taken away but by an order that says so.
+    if record.acks > len(left) - 1 and (not record.ack_all or len(left) == 1):
         raise Refused(
             "too_few_voters",
             f"without {name} there are {len(left)} voters, and ack {record.acks} could never be met. Nothing was "
