@@ -282,7 +282,8 @@ class Backends:
         """Statuses tell of the newest terms only; an old token is judged by all of them (R18)."""
         if change.state is not None:
             record = decode(TermRecord, change.key, change.state.value)
-            self._floors.history.add(record.term, record.start.prev_txid)
+            start = record.start
+            self._floors.history.add(record.term, start.prev_txid, start.prev_term)
 
     def _leader_changed(self, change: Change) -> None:
         if change.key == LEADER:

@@ -33,6 +33,16 @@ def test_what_lies_on_the_way_is_covered(want: Position) -> None:
     assert not skipping().lost(want)
 
 
+def test_a_term_that_was_skipped_itself_skips_nothing() -> None:
+    """Term 4 skipped 3, then 5 continued 3: history is 2, 3, 5."""
+    history = skipping()
+    history.add(5, 23, 3)
+    assert history.covers(at(5, 30), at(3, 23))
+    assert not history.lost(at(3, 22))
+    assert history.lost(at(2, 24))
+    assert history.lost(at(4, 25))
+
+
 def test_without_the_term_before_nothing_is_held_to_be_skipped() -> None:
     history = TermHistory([(2, 0), (3, 20), (4, 24)])
     assert history.covers(at(4, 30), at(3, 20))

@@ -114,9 +114,9 @@ class Watermarks:
         self._applied = position
         self._wake()
 
-    def add_term(self, term: int, start_txid: int) -> None:
-        """Learn that `term` began after `start_txid`; waiters are judged again, because `covers` may now differ."""
-        self.history.add(term, start_txid)
+    def add_term(self, term: int, start_txid: int, prev_term: int | None = None) -> None:
+        """Learn that `term` began after `start_txid` of `prev_term`; waiters are judged again, as `covers` may differ."""
+        self.history.add(term, start_txid, prev_term)
         self._wake()
 
     async def wait_applied(self, floor: Position, timeout_seconds: float) -> bool:

@@ -94,7 +94,7 @@ class TermHistory:
 
         Other threads may be asking meanwhile.
         """
-        if prev_term is not None:
+        if prev_term is not None and prev_term < term - 1:
             self._before = {**self._before, term: prev_term}
         self._starts = dict(sorted({**self._starts, term: start_txid}.items()))  # replaced, never changed in place
 
@@ -119,16 +119,29 @@ class TermHistory:
             return have.txid >= want.txid
         if have.term < want.term or have.txid < want.txid or self._skipped(want, have.term):
             return False
-        bounds = [start for term, start in self._starts.items() if want.term < term <= have.term]
+        bounds = self._bounds(want.term, have.term)
         return bool(bounds) and want.txid <= min(bounds)
 
     def lost(self, want: Position) -> bool:
         """True iff `want` lies past the end of its term: no surviving history contains it."""
-        bounds = [start for term, start in self._starts.items() if term > want.term]
-        return bool(bounds) and (want.txid > min(bounds) or self._skipped(want, max(self._starts)))
+        if not self._starts:
+            return False
+        newest = max(self._starts)
+        bounds = self._bounds(want.term, newest)
+        return bool(bounds) and (want.txid > min(bounds) or self._skipped(want, newest))
+
+    def _bounds(self, after: int, upto: int) -> list[int]:
+        """Starts of the terms in (after, upto] that are in the history of `upto`."""
+        return [
+            start for term, start in self._starts.items() if after < term <= upto and not self._is_skipped(term, upto)
+        ]
 
     def _skipped(self, want: Position, newest: int) -> bool:
-        """True iff `want` is a commit of a term that a later one, up to `newest`, skipped."""
-        if all(not (before < want.term < term <= newest) for term, before in self._before.items()):
-            return False
-        return want.txid > self._starts.get(want.term, -1)
+        """True iff `want` is a commit of a term that is not in the history of `newest`."""
+        return self._is_skipped(want.term, newest) and want.txid > self._starts.get(want.term, -1)
+
+    def _is_skipped(self, term: int, newest: int) -> bool:
+        return any(
+            before < term < later <= newest and not self._is_skipped(later, newest)
+            for later, before in self._before.items()
+        )

@@ -290,7 +290,7 @@ class Node:
         )
         self.become(Event.RECOVERED)
         for record in await read_terms(self.store):
-            self.watermarks.add_term(record.term, record.start.prev_txid)
+            self.watermarks.add_term(record.term, record.start.prev_txid, record.start.prev_term)
         await register_node(self.store, self._node_record())
         if member.leads and await self._go_on_leading():
             return
