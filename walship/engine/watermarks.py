@@ -115,7 +115,7 @@ class Watermarks:
         self._wake()
 
     def add_term(self, term: int, start_txid: int, prev_term: int | None = None) -> None:
-        """Learn that `term` began after `start_txid` of `prev_term`; waiters are judged again, as `covers` may differ."""
+        """Learn that `term` began after `start_txid` of `prev_term`; waiters are judged again."""
         self.history.add(term, start_txid, prev_term)
         self._wake()
 
