@@ -68,10 +68,16 @@ def parse_level(text: str) -> Level:
 
 
 def parse_ack(text: str, most: int | None = None) -> int:
-    """Read a number of followers to wait for, of `most` there are. Raises ProtocolViolation when it is none."""
-    text, most = text.strip(), MAX_ACK if most is None else min(most, MAX_ACK)
+    """Read a number of followers to wait for, of `most` there are. Raises ProtocolViolation when it is none.
+
+    `all` is as many as vote now beside the leader; it is refused while that is not known.
+    """
+    known, text = most is not None, text.strip()
+    most = MAX_ACK if most is None else min(most, MAX_ACK)
+    if known and text.lower() == "all":
+        return most
     if not (text.isascii() and text.isdecimal() and len(text) < 4 and int(text) <= most):
-        raise ProtocolViolation(f"walship_ack is a number of followers, here 0 to {most}, not {text[:40]!r}")
+        raise ProtocolViolation(f"walship_ack is a number of followers, here 0 to {most}, or all, not {text[:40]!r}")
     return int(text)
 
 

@@ -136,7 +136,7 @@ RUNS = (
     # m8: changes of voters and acks
     holds("m8", "MAXT=2 MAXC=2 MAXG=2 V0=3"),
     holds("m8", "MAXT=2 MAXC=1 Q0=2"),
-    holds("m8", "MAXT=2 MAXC=2 MAXG=2"),
+    holds("m8", "MAXT=2 MAXC=2 MAXG=2", deep=True),
     holds("m8", "MAXT=3 MAXC=1", deep=True),
     holds("m8", "MAXT=2 MAXC=1 MAXK=1 MAXG=2 Q0=2", deep=True),
     breaks("m8", "MAXT=2 V0=3 REACH=2", "not a rule: a commit is acked under the changed rule after an election"),

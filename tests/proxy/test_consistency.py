@@ -121,6 +121,9 @@ def test_a_baton_carries_level_and_acks(settings: Settings, default: Settings) -
 
 def test_more_acknowledgments_than_there_are_followers_are_refused() -> None:
     assert parse_ack("2", 2) == 2
+    assert parse_ack("all", 2) == parse_ack(" ALL ", 2) == 2
+    with pytest.raises(ProtocolViolation):
+        parse_ack("all")  # of how many is not known
     with pytest.raises(ProtocolViolation, match="0 to 2"):
         parse_ack("3", 2)
 
