@@ -5,7 +5,8 @@ Run as a script this is a nursery: it imports everything once and forks a child 
     {"directory": ..., "failpoint": "name:N" or "", "writes": n}
 
 answering with two lines: the child's process id, then its exit status (negative: the signal). The child appends each
-acknowledged id to the file `acked` in the directory, so that nothing in its memory is needed to know what it promised.
+acknowledged id to the file `acked` in the directory, so that nothing in its memory is needed to know what it promised;
+and to `sent` each id, which is its commit token too, with the term and txid of the leader when it was sent (R19).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import walship.engine.leader as leader_module
 import walship.engine.marks as marks_module
 from tests.engine.nodes import FollowerNode, LeaderNode
 from walship.engine import failpoints
+from walship.engine.attempts import Attempt
 from walship.engine.log import LogLimits
 from walship.errors import HistoryMismatch
 
+TOKENS_OF = 7  # incarnation
 LIMITS = LogLimits(max_bytes=1 << 30, segment_bytes=128 << 10)
 
 
@@ -49,6 +52,7 @@ async def live(directory: Path, writes: int) -> None:
     follower = FollowerNode(directory / "follower", limits=LIMITS)
     writer = leader.start_writer(required=1)
     acked = os.open(directory / "acked", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sent = os.open(directory / "sent", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     done = asyncio.Event()
 
     async def follow() -> None:
@@ -72,8 +76,10 @@ async def live(directory: Path, writes: int) -> None:
         for _ in range(writes // 4):
             ident = random.getrandbits(50)
             size = numbers.choice((20, 200, 3000))
+            os.write(sent, b"%d %d %d\n" % (ident, leader.leader.term, leader.tip.position.txid))
             await writer.submit(
-                lambda c, i=ident, s=size: c.execute("INSERT INTO t VALUES(?, randomblob(?))", (i, s)).fetchall()
+                lambda c, i=ident, s=size: c.execute("INSERT INTO t VALUES(?, randomblob(?))", (i, s)).fetchall(),
+                attempt=Attempt((TOKENS_OF, ident)),
             )
             os.write(acked, b"%d\n" % ident)
 

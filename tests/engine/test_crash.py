@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.crash_child import LIMITS, ship_or_seed
+from tests.engine.crash_child import LIMITS, TOKENS_OF, ship_or_seed
 from tests.engine.nodes import HERE, FollowerNode, LeaderNode, ask, assert_same_files, outside, read, scanned
 from walship.engine import failpoints
+from walship.formats.position import Position
 
 # How often a point is passed before the death, where the first time would be too early to be interesting.
 LATER = {
@@ -92,6 +93,21 @@ def acked_ids(directory: Path) -> set[int]:
     return {int(line) for line in lines}
 
 
+def judge_tokens(directory: Path, node: LeaderNode | FollowerNode) -> None:
+    """R19: what this node would answer, were it the next leader, is true of its database: m5 on real files."""
+    path, present, done = directory / "sent", ids(node), set()
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for line in lines:
+        ident, term, txid = (int(word) for word in line.split())
+        found = node.replica.log.tokens.lookup((TOKENS_OF, ident))
+        if found is not None and not found.token.part:
+            assert ident in present, "an attempt that is not in the database would be answered done"
+            done.add(ident)
+        elif found is None and node.replica.log.tokens.covers(Position(term, txid)):
+            assert ident not in present, "an attempt that is in the database would be answered not done"
+    assert done <= present
+
+
 def ids(node: LeaderNode | FollowerNode) -> set[int]:
     if not read(node.database, "SELECT 1 FROM sqlite_schema WHERE name = 't'"):
         return set()
@@ -109,12 +125,16 @@ async def recover_and_judge(directory: Path) -> None:
     else:
         assert not acked
     assert scanned(leader.database) == leader.tip.checksum
+    judge_tokens(directory, leader)
+    if follower.follower.replica is not None:
+        judge_tokens(directory, follower)
     await ship_or_seed(follower, leader)
     await follower.applied(leader.tip.position)
     leader.commit("CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, b)", "INSERT INTO t VALUES(-1, 'after')")
     await follower.catch_up(leader)
     assert ids(follower) == ids(leader)
     assert scanned(follower.database) == scanned(leader.database) == leader.tip.checksum
+    judge_tokens(directory, follower)
     leader.commit("DELETE FROM t WHERE id = -1")
     await follower.catch_up(leader)
     assert not leader.failures

@@ -6,14 +6,15 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from tests.node.real_host import TERM, RealHost
 from tests.waiting import eventually
-from walship.errors import NotLeader
+from walship.engine.watermarks import Watermarks
+from walship.errors import NotLeader, Unavailable
 from walship.formats import link
 from walship.formats.position import Position
 from walship.front.listen import listen
@@ -21,6 +22,7 @@ from walship.hrana.types import Level
 from walship.node.app import NodeApp
 from walship.node.http_server import serving
 from walship.node.link_server import LinkServer
+from walship.node.outcomes import Outcomes
 
 UPGRADE = b"GET /walship/link HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: walship-link\r\n\r\n"
 
@@ -326,3 +328,97 @@ async def test_a_cursor_names_its_position_before_its_rows(proxy: Proxy) -> None
     assert isinstance(head, link.CursorHead)
     assert isinstance(end, link.CursorEnd)
     assert head.position == end.position
+
+
+@asynccontextmanager
+async def tokened(host: RealHost) -> AsyncIterator[Linked]:
+    async with linked(host, outcome_of=Outcomes(host).of) as served:
+        yield served
+
+
+async def outcome(
+    proxy: Proxy, seq: int, *, term: int = TERM, txid: int = 0, **fields: Any
+) -> tuple[link.OutcomeBody, Position] | link.Refusal:
+    asked = proxy.send(link.Verb.OUTCOME, None, incarnation=5, seq=seq, floor=Position(term, txid), **fields)
+    (message,) = await proxy.ends(asked)
+    if isinstance(message, link.Refusal):
+        return message
+    assert isinstance(message, link.Reply)
+    return link.OutcomeBody.parse(message.body), message.position
+
+
+NAMED: dict[str, Any] = {"term": TERM, "incarnation": 5}
+
+
+async def test_a_token_tells_what_became_of_a_write(leader: RealHost) -> None:
+    async with tokened(leader) as served:
+        proxy = served.proxy
+        assert isinstance(await proxy.ask("CREATE TABLE t(id INTEGER PRIMARY KEY, b)", seq=1, **NAMED), link.Reply)
+        written = await proxy.ask("INSERT INTO t VALUES(4, 'x'), (9, 'y')", seq=2, **NAMED)
+        returned = await proxy.ask("INSERT INTO t VALUES(5, 'x') RETURNING id", seq=3, **NAMED)
+        failed = await proxy.ask("INSERT INTO t VALUES(5, 'x')", seq=4, **NAMED)
+        done = link.Outcome.DONE
+        assert await outcome(proxy, 1) == (link.OutcomeBody(done, 1, 0, None), Position(TERM, 1))
+        assert await outcome(proxy, 2) == (link.OutcomeBody(done, 2, 2, 9), written.position)
+        assert await outcome(proxy, 3) == (link.OutcomeBody(done, 3, 1, 5, True), returned.position)
+        assert isinstance(failed, link.Reply)  # it changed nothing, so it may as well be called not done
+        assert await outcome(proxy, 4) == (link.OutcomeBody(link.Outcome.NOT_DONE), link.NO_POSITION)
+
+
+async def test_not_done_keeps_a_late_attempt_from_running(leader: RealHost) -> None:
+    async with tokened(leader) as served:
+        proxy = served.proxy
+        await proxy.ask("CREATE TABLE t(id INTEGER PRIMARY KEY)", seq=1, **NAMED)
+        assert await outcome(proxy, 2) == (link.OutcomeBody(link.Outcome.NOT_DONE), link.NO_POSITION)
+        late = await proxy.ask("INSERT INTO t VALUES(1)", seq=2, **NAMED)
+        assert isinstance(late, link.Refusal)
+        assert late.reason is link.Reason.NOT_DONE
+        again = await proxy.ask("INSERT INTO t VALUES(1)", seq=1, **NAMED)
+        assert isinstance(again, link.Refusal)
+        assert again.reason is link.Reason.OUTCOME_UNKNOWN
+        assert values(await proxy.ask("SELECT count(*) FROM t")) == [["0"]]
+
+
+async def test_a_commit_of_an_open_transaction_carries_its_token(leader: RealHost) -> None:
+    async with tokened(leader) as served:
+        proxy = served.proxy
+        await proxy.ask("CREATE TABLE t(id INTEGER PRIMARY KEY)")
+        begun = await proxy.ask("BEGIN IMMEDIATE")
+        assert isinstance(begun, link.Reply)
+        await proxy.ask("INSERT INTO t VALUES(1)", stream=begun.stream)
+        ended = await proxy.ask("COMMIT", stream=begun.stream, seq=7, **NAMED)
+        assert await outcome(proxy, 7) == (link.OutcomeBody(link.Outcome.DONE, 2, 0, None), ended.position)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"term": TERM - 1, "incarnation": 5, "seq": 1}, link.Reason.FENCED),
+        ({"term": TERM + 1}, link.Reason.FENCED),
+        ({"incarnation": 5, "seq": 1}, link.Reason.PROTOCOL),
+    ],
+)
+async def test_an_attempt_runs_in_the_very_term_it_was_sent_in(
+    leader: RealHost, fields: dict[str, Any], reason: link.Reason
+) -> None:
+    """m5 TERMBIND."""
+    async with tokened(leader) as served:
+        refused = await served.proxy.ask("CREATE TABLE t(id)", **fields)
+        assert isinstance(refused, link.Refusal)
+        assert refused.reason is reason
+        assert leader.watermarks.captured.txid == 0
+
+
+async def test_who_does_not_serve_tells_no_outcome(leader: RealHost, follower: RealHost) -> None:
+    """m5 SERVING, MINTERM."""
+    async with tokened(leader) as served, tokened(follower) as behind:
+        refused = await outcome(behind.proxy, 1)
+        assert isinstance(refused, link.Refusal)
+        assert refused.reason is link.Reason.NOT_LEADER
+        for newer in (await outcome(served.proxy, 1, term=TERM + 1), await outcome(served.proxy, 1, min_term=TERM + 1)):
+            assert isinstance(newer, link.Refusal)
+            assert newer.reason is link.Reason.FENCED
+        waiting = replace(leader, watermarks=Watermarks(Position(TERM - 1, 0)))
+        with pytest.raises(Unavailable, match="not acknowledged yet"):
+            await Outcomes(waiting).of((5, 1), Position(TERM, 0), 0.01)
+        assert await outcome(served.proxy, 1) == (link.OutcomeBody(link.Outcome.NOT_DONE), link.NO_POSITION)
