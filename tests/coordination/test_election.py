@@ -422,6 +422,12 @@ def test_a_failed_promotion_gives_the_term_back() -> None:
     assert bench.tell(b.Promoted, 2, START) == []
 
 
+def test_a_promise_that_cannot_be_kept_gives_the_claim_back_at_once() -> None:
+    bench = Bench().claiming()
+    bench.tell(b.SwapDone, b.Swap.CLAIM, b.Won(Seen(MINE, 11)))
+    assert bench.tell(b.PromotionFailed, 2, "the voters cannot be read") == [b.Release(Seen(MINE, 11))]
+
+
 def test_an_announcement_of_unknown_outcome_is_looked_up_and_repeated() -> None:
     bench = Bench().announcing()
     assert bench.tell(b.SwapDone, b.Swap.ANNOUNCE, b.UNKNOWN) == [b.Read()]

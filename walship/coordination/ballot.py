@@ -234,6 +234,8 @@ class Promoted:
 
 @dataclass(frozen=True, slots=True)
 class PromotionFailed:
+    """`Promote(term)` failed, or `Promise(term)` could not be carried out."""
+
     now: float
     term: int
     reason: str

@@ -255,7 +255,7 @@ class Election:
         return [Announce(self._claim, event.start)]
 
     def _on_failed(self, event: PromotionFailed) -> list[Action]:
-        if self.state is not State.PROMOTING or event.term != self.term:
+        if self.state not in (State.SEALING, State.PROMOTING) or event.term != self.term:
             return []
         return self._give_up(event.now, f"opening the term failed: {event.reason}")
 
