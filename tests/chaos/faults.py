@@ -22,6 +22,7 @@ class Fault:
 
     what: str
     heal: Callable[[], object]
+    stops_writes: bool = False  # by design, until it is healed: a fault of the store, or of all nodes
 
 
 def kill_leader(cluster: ChaosCluster, chance: random.Random) -> Fault:
@@ -56,7 +57,7 @@ def mass_kill(cluster: ChaosCluster, chance: random.Random) -> Fault:
             time.sleep(chance.uniform(0, MASS_KILL_SECONDS / len(order)))
     took = time.monotonic() - begin
     cluster.kill(*order)
-    return Fault(f"killed {' '.join(order)} within {took * 1e3:.0f} ms", cluster.start_dead)
+    return Fault(f"killed {' '.join(order)} within {took * 1e3:.0f} ms", cluster.start_dead, stops_writes=True)
 
 
 def isolate_leader(cluster: ChaosCluster, chance: random.Random) -> Fault:
@@ -118,14 +119,14 @@ def cut_leader_from_store(cluster: ChaosCluster, chance: random.Random) -> Fault
 def isolate_store(cluster: ChaosCluster, chance: random.Random) -> Fault:
     del chance
     _network(cluster).isolate(ETCD, but=[HOST])
-    return Fault("isolated the store", _network(cluster).heal)
+    return Fault("isolated the store", _network(cluster).heal, stops_writes=True)
 
 
 def stop_store(cluster: ChaosCluster, chance: random.Random) -> Fault:
     del chance
     assert cluster.etcd is not None
     cluster.etcd.pause()
-    return Fault("stopped the store", cluster.etcd.resume)
+    return Fault("stopped the store", cluster.etcd.resume, stops_writes=True)
 
 
 def kill_store(cluster: ChaosCluster, chance: random.Random) -> Fault:
@@ -133,7 +134,7 @@ def kill_store(cluster: ChaosCluster, chance: random.Random) -> Fault:
     etcd = cluster.etcd
     assert etcd is not None
     etcd.kill()
-    return Fault("killed the store", lambda: etcd.start_member(0))
+    return Fault("killed the store", lambda: etcd.start_member(0), stops_writes=True)
 
 
 Injector = Callable[[ChaosCluster, random.Random], Fault]

@@ -44,9 +44,12 @@ class Scenario:
         fault = inject(self.cluster, self.chance)
         try:
             time.sleep(hold_seconds)
-            self.wait_writes_go_on(time.monotonic())  # a leader whose lease runs out answers for a while yet
+            if not fault.stops_writes:
+                self.wait_writes_go_on(time.monotonic())  # a leader whose lease runs out answers for a while yet
         finally:
             fault.heal()
+        if fault.stops_writes:
+            self.wait_writes_go_on(time.monotonic())
         self.gap(before, fault.what)
         self.heal(fault.what)
 

@@ -89,7 +89,7 @@ def mass_kill(options: Options) -> Report:
     """All nodes killed within 100 ms and started again."""
     with options.open("mass-kill") as run:
         for _ in range(options.runs):
-            _mass_kill(run)
+            run.fault(faults.mass_kill)
     return run.report
 
 
@@ -169,16 +169,6 @@ def _switch(run: Scenario) -> None:
     if new == old:
         run.report.complaints.append(f"{old} still leads after a switchover")
     run.heal("a switchover")
-
-
-def _mass_kill(run: Scenario) -> None:
-    run.load.wait_acked(int(run.chance.uniform(0.5, 1.0) * run.load.rate))
-    before = time.monotonic()
-    fault = faults.mass_kill(run.cluster, run.chance)
-    fault.heal()
-    run.wait_writes_go_on(before)
-    run.gap(before, fault.what)
-    run.heal(fault.what)
 
 
 def _outage(inject: faults.Injector, seconds: float) -> faults.Injector:
