@@ -28,6 +28,7 @@ def orphans(*words: str) -> list[dict[str, Any]]:
 def depose_and_return(cluster: Cluster, size_bytes: int) -> None:
     """Fill, cut the followers off, commit on the leader alone, lose it, let the others go on; then it returns. Judges
     what it took, what it kept, and that all are equal in the end."""
+    others = [name for name in cluster.names if name != "n1"]
     with cluster.client("n1") as client:
         client.execute("CREATE TABLE w (id INTEGER PRIMARY KEY, v)")
         for _ in range(max(1, size_bytes // 4_000_000)):
@@ -36,17 +37,17 @@ def depose_and_return(cluster: Cluster, size_bytes: int) -> None:
                 "INSERT INTO w (v) SELECT randomblob(4000) FROM n"
             )
     cluster.wait_level()
-    for name in cluster.followers:
+    for name in others:
         assert cluster.processes[name].stop() == 0
     base = cluster.root / "base.db"
     with cluster.client("n1") as client:
         for number in range(LOST):
             client.execute(f"INSERT INTO w (id, v) VALUES ({-1 - number}, 'lost')")
     cluster.processes["n1"].kill()
-    for name in cluster.followers:
+    for name in others:
         cluster.start_node(name)
     leader = eventually(
-        lambda: next((name for name in cluster.followers if cluster.status(name)["role"] == "leader"), ""),
+        lambda: next((name for name in others if cluster.status(name)["role"] == "leader"), ""),
         "one of the others leads",
         timeout_seconds=60,
     )
