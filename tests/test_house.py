@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from walship import errors
-from walship.config import NODE, PROXY, STATUS, UP, Setting
+from walship.config import NODE, ORDER, PROXY, STATUS, UP, Setting
 from walship.hrana.http import STATUSES
 from walship.metrics import NodeMetrics, ProxyMetrics
 
@@ -149,7 +149,9 @@ def first_column(text: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("command", "table"), [("up", UP), ("node", NODE), ("proxy", PROXY), ("status", STATUS)])
+@pytest.mark.parametrize(
+    ("command", "table"), [("up", UP), ("node", NODE), ("proxy", PROXY), ("status", STATUS), ("switchover", ORDER)]
+)
 def test_every_setting_is_documented(command: str, table: tuple[Setting, ...]) -> None:
     text = (ROOT / "docs" / "operations.md").read_text("utf-8")
     assert first_column(section(text, f"### `walship {command}`")) == [setting.flag for setting in table]

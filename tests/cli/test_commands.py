@@ -21,7 +21,7 @@ import typer.main
 from walship.cli import main
 from walship.cli.app import app
 from walship.cli.output import rich_table
-from walship.config import NODE, PROXY, STATUS, UP, Setting
+from walship.config import NODE, ORDER, PROXY, STATUS, UP, Setting
 from walship.coordination.file_store import HeldLock
 
 STATUS_OF_PROXY = {
@@ -67,14 +67,18 @@ def serving(body: bytes, status: int = 200) -> Iterator[str]:
             thread.join()
 
 
-@pytest.mark.parametrize(("name", "table"), [("node", NODE), ("proxy", PROXY), ("up", UP), ("status", STATUS)])
-def test_every_setting_is_a_flag_and_every_flag_a_setting(name: str, table: tuple[Setting, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "table", "more"),
+    [("node", NODE, ""), ("proxy", PROXY, ""), ("up", UP, ""), ("status", STATUS, ""), ("switchover", ORDER, "to")],
+)
+def test_every_setting_is_a_flag_and_every_flag_a_setting(name: str, table: tuple[Setting, ...], more: str) -> None:
+    """`more`: a flag that says what is to be done and is no setting."""
     parameters = typer.main.get_command(app).commands[name].params  # type: ignore[attr-defined]
     flags = {option.lstrip("-") for parameter in parameters for option in parameter.opts}
-    assert flags - {"config"} == {setting.flag for setting in table}
+    assert flags - {"config", more} == {setting.flag for setting in table}
 
 
-@pytest.mark.parametrize("name", ["up", "node", "proxy", "status"])
+@pytest.mark.parametrize("name", ["up", "node", "proxy", "status", "switchover"])
 def test_help_teaches_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     assert f"walship {name}" in capsys.readouterr().out.split("Example")[1]
