@@ -91,7 +91,8 @@ class Elector:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._urls: dict[str, str] = {}
         self._dead: set[str] = set()
-        self._began = 0.0  # when the compare-and-swap that announces was begun
+        self._began = 0.0  # when the first compare-and-swap that announces `_announced` was begun
+        self._announced = 0
         self._seen: Seen[LeaderRecord] | None = None
         self.core = Election(
             Candidate(node.node_id, node.name, node.url, node.boot_nonce),
@@ -195,7 +196,9 @@ class Elector:
         self._spawn(self._swap(Swap.HAND, lambda: hand_over(store, action.claim, to=action.to, phase=Phase.CLAIMING)))
 
     async def _on_announce(self, action: Announce) -> None:
-        store, self._began = self._node.store, boottime()
+        store, term = self._node.store, action.claim.record.term
+        if term != self._announced:  # of several tries any may be the one that landed: the lease counts from the first
+            self._announced, self._began = term, boottime()
         self._spawn(self._swap(Swap.ANNOUNCE, lambda: announce_leader(store, action.claim, start=action.start)))
 
     async def _on_serve(self, _action: Serve) -> None:
