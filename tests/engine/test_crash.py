@@ -40,6 +40,10 @@ ELSEWHERE = (
     "leader.claimed",  # reached by the node's start, not by the engine
     "orphan.pages_kept",  # nothing parts here; test_rewind.py dies there
     "orphan.kept",
+    "leader.step_down_synced",  # nobody hands the lead over here
+    "leader.truth_log",
+    "switchover.still",
+    "switchover.handed_over",
 )
 DEATHS = [
     (name, times, attached)

@@ -113,7 +113,7 @@ class Life(RuleBasedStateMachine):
         assert len(self.tokens) <= 6
 
 
-Life.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+Life.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestLife = Life.TestCase
 
 

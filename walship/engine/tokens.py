@@ -32,11 +32,12 @@ Name = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A token and where its commit is: (term of its frame, txid)."""
+    """A token and where its commit is: (term of its frame, txid). `first`: where the first token of its name was."""
 
     token: CommitToken
     position: Position
     time_ms: int
+    first: Position
 
 
 class Tokens:
@@ -63,7 +64,7 @@ class Tokens:
             if header.flags & FrameFlags.REBUILT:
                 self._raise(header.position)
             for token in header.tokens:
-                self._put(Found(token, Position(header.term, token.txid), header.time_ms))
+                self._put(token, header.term, header.time_ms)
             self._forget(header.time_ms)
 
     def lookup(self, name: Name) -> Found | None:
@@ -101,11 +102,14 @@ class Tokens:
     def cut(self, to: Position) -> None:
         """Frames after `to` are no longer in the log. What was lost of older ones stays lost."""
         with self._lock:
-            while self._found:
-                name, found = next(reversed(self._found.items()))
+            for name, found in list(self._found.items()):
                 if found.position.order() <= to.order():
-                    return
-                del self._found[name]
+                    continue
+                if found.first.order() <= to.order():  # a part of it is still there, and its end is not
+                    part = replace(found.token, txid=found.first.txid, part=True)
+                    self._found[name] = replace(found, token=part, position=found.first)
+                else:
+                    del self._found[name]
 
     def export(self) -> tuple[Position, tuple[CommitToken, ...]]:
         """`complete_since` and the tokens, for a snapshot; only the newest when there are more than one may carry."""
@@ -126,13 +130,13 @@ class Tokens:
             self._found.clear()
             self._since = header.complete_since
             for token in header.tokens:
-                self._put(Found(token, Position(header.position.term, token.txid), header.time_ms))
+                self._put(token, header.position.term, header.time_ms)
             self._forget(header.time_ms)
 
-    def _put(self, found: Found) -> None:
-        name = (found.token.incarnation, found.token.seq)
-        self._found.pop(name, None)  # a part: its end takes its place, at the end
-        self._found[name] = found
+    def _put(self, token: CommitToken, term: int, time_ms: int) -> None:
+        name, position = (token.incarnation, token.seq), Position(term, token.txid)
+        part = self._found.pop(name, None)  # its end takes its place, as the newest
+        self._found[name] = Found(token, position, time_ms, position if part is None else part.first)
 
     def _forget(self, now_ms: int) -> None:
         while self._found:
