@@ -83,7 +83,9 @@ class SnapshotHeader:
         )
         tokens = parse_tokens("snapshot", body, SNAPSHOT_LAYOUT.size, count)
         position, since = Position(term, txid), Position(since_term, since_txid)
-        return cls(cluster, database, position, checksum, commit, page_size, time_ms, since, tokens, magic == _SPARSE_MAGIC)
+        return cls(
+            cluster, database, position, checksum, commit, page_size, time_ms, since, tokens, magic == _SPARSE_MAGIC
+        )
 
     def __str__(self) -> str:
         return f"{'sparse ' if self.sparse else ''}snapshot of {self.tip} in pages of {self.page_size}"
