@@ -167,6 +167,8 @@ class TestWriter:
                 for a, job in zip(attempts, jobs, strict=True)
             ]  # all in one group, behind the one that is held
             await eventually(lambda: len(writer.attempts.running) == 6)
+            outcomes = {writer.attempts.outcome(a.name, Position(leader.leader.term, before))[0] for a in attempts}
+            assert outcomes == {Outcome.RUNNING}  # and not burned: they run below
             gate.set()
             await held
             results = await asyncio.gather(*tasks, return_exceptions=True)
