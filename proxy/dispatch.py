@@ -242,12 +242,16 @@ class _Read(Generic[A]):
         self._tried: set[str] = set()
         self._may_wait = True
         self._writes = False
+        self._floor_lost = False
         self._last: WalshipError | None = None
 
     async def run(self) -> Sent[A] | None:
         """The answer, or None when SQLite says that it is no read: then only a leader may run it."""
         owner = self._owner
         while not self._writes:
+            if self._floor_lost:
+                self._floor = await owner.freshness.floor(self._plan.settings, self._until)
+                self._floor_lost = False
             decision = decide(
                 Need.READ,
                 self._floor,
@@ -302,6 +306,12 @@ class _Read(Generic[A]):
         return Sent(backend, generation, answer)
 
     def _refused(self, backend: Backend, refusal: Refusal) -> None:
+        if refusal.reason is Reason.WRITE_LOST and self._floor != self._plan.settings.floor:
+            # The floor is this proxy's own, and that node knows of a newer term than it: what lay beyond the start of
+            # that term was acknowledged to nobody. Only a token may name such a write and be told so (R18).
+            self._floor_lost = True
+            self._again(backend, error_of(refusal))
+            return
         if refusal.reason not in _ELSEWHERE:
             raise error_of(refusal) from None
         if refusal.reason is Reason.NOT_READ_ONLY:

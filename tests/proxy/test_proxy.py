@@ -169,6 +169,26 @@ async def test_a_refused_read_goes_elsewhere(start: Start, reason: Reason) -> No
     assert await cluster.client.run("SELECT count(*) FROM t") == [[0]]
 
 
+async def test_a_floor_of_a_lost_history_is_the_proxys_own_affair_unless_it_is_a_clients_token(start: Start) -> None:
+    """R18: nodes know of a new term before this proxy, whose floor lies beyond the start of that term."""
+    cluster = await start()
+    await table(cluster)
+    nodes = [cluster.leader, *cluster.followers]
+    for node in nodes:
+        node.refusals.append(Reason.WRITE_LOST)
+    assert await cluster.client.run("SELECT count(*) FROM t") == [[0]]
+    assert not any(node.refusals for node in nodes)
+    position = (await cluster.client.post([execute("SELECT 1"), CLOSE])).headers["walship-position"]
+    for node in nodes:
+        node.refusals.append(Reason.WRITE_LOST)
+    response = await cluster.client.http.post(
+        "/v3/pipeline",
+        json={"requests": [execute("SELECT 1"), CLOSE]},
+        headers={"walship-min-position": position},
+    )
+    assert (response.status_code, response.json()["code"]) == (409, "WALSHIP_WRITE_LOST")
+
+
 async def test_an_interactive_transaction_is_pinned_until_it_ends(start: Start) -> None:
     """R21: the whole stream belongs to the leader from BEGIN until autocommit returns; then its reads are free."""
     cluster = await start()
