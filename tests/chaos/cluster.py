@@ -154,7 +154,18 @@ class ChaosCluster:
         if to is not None:
             words += ["--to", to]
         done = subprocess.run(words, capture_output=True, text=True, timeout=START_SECONDS, check=False)
-        assert done.returncode == 0, f"switchover: {done.stdout}{done.stderr}"
+        if done.returncode != 0:
+            raise OSError(f"switchover: {done.stdout}{done.stderr}")
+
+    def switch_over_soon(self, to: str, timeout_seconds: float = 10.0) -> None:
+        """The same again and again until that node leads or is dead: it may not follow closely yet."""
+
+        def done() -> bool:
+            if self.processes[to].alive and self.leader() != to:
+                self.switch_over(to)
+            return True
+
+        eventually(done, f"{to} leads", timeout_seconds=timeout_seconds)
 
     # -- what it says of itself --
 

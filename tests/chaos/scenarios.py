@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +27,9 @@ __all__ = ["SCENARIOS", "Options"]
 
 SOAK_PERIOD_SECONDS = 5.0
 BUSY_PROCESSES = 16
+REACH_SECONDS = 8.0  # of load, until an armed failpoint must have been reached
+_OF_LEAVING = ("switchover.still", "switchover.handed_over", "leader.step_down_synced", "leader.truth_log")
+_OF_A_LEADER = ("writer", "checkpoint", "generation", "leader", "switchover", "rewind", "orphan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ def mass_kill(options: Options) -> Report:
 
 def crash_points(options: Options) -> Report:
     """Each failpoint, `runs` times, in the leader and in a follower: it dies there and is started again."""
-    with options.open("crash-points", node_words=("--log-max", "4MiB")) as run:
+    with options.open("crash-points", node_words=("--log-max", "8MiB")) as run:
         for name, round_ in itertools.product(failpoints.NAMES, range(options.runs)):
             _crash(run, name, round_)
     return run.report
@@ -189,28 +194,33 @@ def _outage(inject: faults.Injector, seconds: float) -> faults.Injector:
 
 def _crash(run: Scenario, name: str, round_: int) -> None:
     """A node is started anew with the failpoint armed, and has to get there within some seconds of load."""
-    cluster = run.cluster
-    leads = name.partition(".")[0] in ("writer", "checkpoint", "generation")
+    cluster, area = run.cluster, name.partition(".")[0]
     victim = run.chance.choice(cluster.followers())
+    setting = f"{name}:{1 + round_}"
     before = time.monotonic()
     cluster.kill(victim)
-    cluster.start(victim, environ={failpoints.VARIABLE: f"{name}:{1 + round_}"})
-    if leads:  # it dies as a leader only: make it one
-        cluster.wait_whole(20.0)
-        if cluster.processes[victim].alive:
-            cluster.switch_over(victim)
+    if area == "seed":  # a first copy is made where there is none
+        shutil.rmtree(cluster.root / victim)
+    cluster.start(victim, environ={failpoints.VARIABLE: setting})
+    if area in _OF_A_LEADER:
+        with contextlib.suppress(AssertionError):  # it may die of it, or before
+            cluster.wait_answers(victim)
+            cluster.switch_over_soon(victim)
+            if name in _OF_LEAVING and cluster.processes[victim].alive:
+                cluster.switch_over()
     try:
-        eventually(lambda: not cluster.processes[victim].alive, f"{name} is reached", timeout_seconds=6.0)
-        run.report.notes[name] = int(str(run.report.notes.get(name, 0))) + 1
+        eventually(lambda: not cluster.processes[victim].alive, f"{name} is reached", timeout_seconds=REACH_SECONDS)
         reached = "died"
     except AssertionError:
         cluster.kill(victim)
-        run.report.notes.setdefault(name, 0)
         reached = "did not get there"
-    run.wait_writes_go_on(before)
-    cluster.start_dead()
-    run.gap(before, f"{victim} {reached} at {name}:{1 + round_}")
-    run.heal(f"{victim} {reached} at {name}")
+    run.report.notes[name] = int(str(run.report.notes.get(name, 0))) + (reached == "died")
+    try:
+        run.wait_writes_go_on(time.monotonic())
+    finally:
+        cluster.start_dead()
+    run.gap(before, f"{victim} {reached} at {setting}")
+    run.heal(f"{victim} {reached} at {setting}")
 
 
 SCENARIOS: dict[str, Callable[[Options], Report]] = {
