@@ -62,7 +62,8 @@ class Leading:
         self.acks: AckTracker | None = AckTracker(engine.term, AckRule(acks, voters), _NOWHERE)
         self.writer = Writer(engine, self.acks, on_failure=node.fail, live=self.live)
         self.publisher = Publisher(node, prompt_acked=acks >= 2, acks=acks, voters=voters)
-        self._renewal = Renewal(node.config.cluster_url, seen, lease, boottime, on_lost)
+        self._renewal = Renewal(node.config.cluster_url, seen, lease, boottime, on_lost, node.fail)
+        self._fail = node.fail
         self._marks = node.watermarks
         self._end_notices: list[Callable[[], None]] = []
         self._closing: asyncio.Task[None] | None = None
@@ -129,7 +130,10 @@ class Leading:
 
     def resume_renewal(self, cluster_url: str, on_lost: Callable[[Seen[LeaderRecord] | None], None]) -> None:
         """Renew again after a handoff that did not happen, or may not have (`Lease.demand_renewal`, R12a)."""
-        self._renewal = Renewal(cluster_url, self._renewal.seen, self.lease, boottime, on_lost)
+        before = self._renewal
+        self._renewal = Renewal(
+            cluster_url, before.seen, self.lease, boottime, on_lost, self._fail, unknown_since=before.unknown_since
+        )
         self._renewal.start()
 
     async def step_down(self) -> Tip:

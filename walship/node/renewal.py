@@ -12,11 +12,12 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from walship.coordination.lease import Lease
 from walship.coordination.record import LeaderRecord, Phase, Seen, read_leader, renew
 from walship.coordination.store import Store, open_store
-from walship.errors import CompareFailed, CorruptState, StoreUnavailable
+from walship.errors import CompareFailed, CorruptState, StoreUnavailable, UsageError
 
 __all__ = ["Renewal"]
 
@@ -24,11 +25,15 @@ _log = logging.getLogger("walship.renewal")
 _RETRY_SECONDS = 0.05
 _JOIN_SECONDS = 5.0
 
+T = TypeVar("T")
+
 
 class Renewal:
     """Renews `seen` until `stop`, or until the record is no longer ours: then `on_lost` is called on the node's loop.
 
-    A store that is away is asked again and again; the lease runs out meanwhile by itself (failover.md 3.8).
+    A store that is away is asked again and again; the lease runs out meanwhile by itself (failover.md 3.8). Anything
+    unforeseen goes to `on_failure`, on that loop too: a leader must not lead on with nobody who renews its lease.
+    `unknown_since`: of the renewals that this one continues, whose last attempts may have landed or may still.
     """
 
     def __init__(
@@ -38,13 +43,18 @@ class Renewal:
         lease: Lease,
         clock: Callable[[], float],
         on_lost: Callable[[Seen[LeaderRecord] | None], None],
+        on_failure: Callable[[BaseException], None],
+        *,
+        unknown_since: float | None = None,
     ) -> None:
         self.seen = seen
         self._url = cluster_url
         self._lease = lease
         self._clock = clock
         self._on_lost = on_lost
-        self._unknown_since: float | None = None  # when the oldest attempt began whose answer never came
+        self._on_failure = on_failure
+        self._failing = False  # the last attempt did not succeed
+        self.unknown_since: float | None = unknown_since  # when the oldest attempt began whose answer never came
         self._owner = asyncio.get_running_loop()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -65,7 +75,14 @@ class Renewal:
             self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
-        asyncio.run(self._main())
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:  # noqa: BLE001 - handed to the node, which ends with it
+            self._tell(self._on_failure, error)
+
+    def _tell(self, function: Callable[[T], None], value: T) -> None:
+        with contextlib.suppress(RuntimeError):  # the node's loop has ended
+            self._owner.call_soon_threadsafe(function, value)
 
     async def _main(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -75,7 +92,9 @@ class Renewal:
                 at = self._lease.renew_at
                 if at is None:
                     return
-                await self._sleep(_RETRY_SECONDS if self._unknown_since is not None else at - self._clock())
+                now = self._clock()
+                pause = _RETRY_SECONDS if self._failing else 0.0 if self._lease.must_renew else at - now
+                await self._sleep(pause)
                 if self._stopping.is_set():
                     return
                 if not await self._renew(store):
@@ -92,17 +111,18 @@ class Renewal:
     async def _renew(self, store: Store) -> bool:
         """One attempt; False when the record is somebody else's."""
         began = self._clock()
+        self._failing = True
         try:
             async with asyncio.timeout(self._lease.seconds / 4):
                 self.seen = await renew(store, self.seen)
         except CompareFailed:
             return await self._look(store)
         except (StoreUnavailable, TimeoutError) as error:
-            if self._unknown_since is None:
+            if self.unknown_since is None:
                 _log.warning("cannot renew the lease term=%d: %s", self.seen.record.term, error or "no answer in time")
-                self._unknown_since = began
+                self.unknown_since = began
             return True
-        self._unknown_since = None
+        self.unknown_since, self._failing = None, False
         self._lease.extend(began)
         return True
 
@@ -111,17 +131,21 @@ class Renewal:
         try:
             async with asyncio.timeout(self._lease.seconds / 4):
                 there = await read_leader(store)
-        except (StoreUnavailable, TimeoutError, CorruptState):
+        except (StoreUnavailable, TimeoutError):
+            return True
+        except (CorruptState, UsageError) as error:  # not ours, but no proof of another leader either
+            _log.error("cannot renew the lease term=%d: %s", self.seen.record.term, error)
             return True
         mine = self.seen.record
-        record = there.record if there is not None else None
-        if there is not None and record is not None and self._unknown_since is not None:
-            same = (record.term, record.holder, record.nonce) == (mine.term, mine.holder, mine.nonce)
-            if same and record.phase is Phase.SERVING:
+        if there is not None and there.record.phase is Phase.SERVING:
+            record = there.record
+            if (record.term, record.holder, record.nonce) == (mine.term, mine.holder, mine.nonce):
+                # Only this process writes its term. When that attempt began is known to this thread, or it was before
+                # this thread began (a handoff paused the renewals): then the next one has to succeed.
                 self.seen = there
-                self._lease.extend(self._unknown_since)
-                self._unknown_since = None
+                if self.unknown_since is not None:
+                    self._lease.extend(self.unknown_since)
+                    self.unknown_since = None
                 return True
-        with contextlib.suppress(RuntimeError):  # the node's loop has ended
-            self._owner.call_soon_threadsafe(self._on_lost, there)
+        self._tell(self._on_lost, there)
         return False
