@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from walship.engine.durable_state import StateFile
 from walship.engine.seed import SeedFile
 from walship.engine.snapshot import Snapshot, ltx_chunks
 from walship.engine.verify import verify
-from walship.errors import CorruptDatabase, CorruptLtx, HistoryMismatch, Unavailable
+from walship.errors import CorruptDatabase, CorruptLtx, HistoryMismatch, LogTruncated, Unavailable
 from walship.formats.position import TermHistory
 
 SETUP = ("CREATE TABLE t(id INTEGER PRIMARY KEY, body)",)
@@ -82,6 +83,33 @@ class TestSeeds:
             await follower.catch_up(leader)
             assert scanned(follower.database) == leader.tip.checksum
         assert_same_files(tmp_path / "leader", tmp_path / "follower")
+
+    async def test_the_mark_may_be_touched_while_another_copy_is_installed(self, tmp_path: Path) -> None:
+        """Retention does so every second, on another thread than the one that begins the log anew."""
+        async with cluster(tmp_path, setup=SETUP) as (leader, follower):
+            replica = follower.replica
+            assert replica is not None
+            done, problems = threading.Event(), []
+
+            def touch() -> None:
+                while not done.is_set():
+                    try:
+                        replica.marks.touch()
+                    except LogTruncated as error:
+                        problems.append(error)
+                        return
+
+            toucher = threading.Thread(target=touch)
+            toucher.start()
+            try:
+                for number in range(5):
+                    leader.commit(f"INSERT INTO t VALUES({number}, randomblob(3000))")
+                    follower.follower.mismatch(HistoryMismatch("for the test"))
+                    await follower.seed(leader.leader.pin_snapshot)
+            finally:
+                done.set()
+                toucher.join()
+            assert problems == []
 
     async def test_a_damaged_snapshot_is_not_installed(self, tmp_path: Path) -> None:
         leader = LeaderNode(tmp_path / "leader", setup=SETUP)

@@ -530,6 +530,7 @@ class Follower:
             self._state.update(installing=None)  # nothing was published: the old state stands
             raise
         replica.checksums = seed.checksums
+        self._marks.detach()
         replica.log.reset(tip, self._history)
         replica.log.tokens.adopt(seed.header)
         complete_install(self._state, self._marks, tip, seed.checksums)

@@ -16,7 +16,7 @@ from walship.engine.durable_state import StateFile
 from walship.engine.files import sync_directory
 from walship.engine.log import Log
 from walship.engine.retention import Pin
-from walship.errors import CorruptData, StorageFailed
+from walship.errors import CorruptData, LogTruncated, StorageFailed
 from walship.formats.checksum import PageChecksums
 from walship.formats.position import Tip
 
@@ -44,10 +44,22 @@ class Marks:
         tip = self.tip
         self._pin = None if tip is None else log.pin(tip.position)
 
+    def detach(self) -> None:
+        """The log is about to be reset: an installed copy needs nothing that came before it. `attach` again after."""
+        self._pin = None
+
     def touch(self) -> None:
-        """The log's retention is about to run: the mark still needs its frames."""
-        if self._pin is not None:
-            self._pin.touch()
+        """The log's retention is about to run: the mark still needs its frames. From any thread.
+
+        Raises LogTruncated when the log lost them.
+        """
+        pin = self._pin
+        try:
+            if pin is not None:
+                pin.touch()
+        except LogTruncated:
+            if pin is self._pin:  # else the log was reset just now, by another thread
+                raise
 
     @property
     def tip(self) -> Tip | None:
