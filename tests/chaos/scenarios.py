@@ -133,14 +133,17 @@ def soak(options: Options) -> Report:
                 client.execute(statement)
         injectors = [*faults.PROCESS_FAULTS, *faults.NETWORK_FAULTS, *faults.STORE_FAULTS]
         until = time.monotonic() + 60 * options.minutes
-        with Histories(run.cluster.urls, seed=options.seed) as histories:
-            while time.monotonic() < until:
-                begin = time.monotonic()
-                run.fault(run.chance.choice(injectors), hold_seconds=run.chance.uniform(0, 2.0))
-                time.sleep(max(0.0, begin + SOAK_PERIOD_SECONDS - time.monotonic()))
-        run.report.complaints += histories.judge()
-        run.report.notes["histories"] = histories.counts()
-        run.report.notes["errors in histories"] = dict(histories.errors)
+        histories = Histories(run.cluster.urls, seed=options.seed)
+        try:
+            with histories:
+                while time.monotonic() < until:
+                    begin = time.monotonic()
+                    run.fault(run.chance.choice(injectors), hold_seconds=run.chance.uniform(0, 2.0))
+                    time.sleep(max(0.0, begin + SOAK_PERIOD_SECONDS - time.monotonic()))
+        finally:
+            run.report.complaints += histories.judge()
+            run.report.notes["histories"] = histories.counts()
+            run.report.notes["errors in histories"] = dict(histories.errors)
     return run.report
 
 
