@@ -187,7 +187,8 @@ class Dispatcher:
             floor = await self.freshness.floor(plan.settings, until)
         else:  # the transaction was as fresh as asked for when it began; its snapshot stays what it is
             floor = self.floors.needed(plan.settings)
-        may_commit = (stream.autocommit or plan.commits) and backend.role is Role.LEADER
+        # Of several statements one may end the transaction by a rollback, and the next commit by itself.
+        may_commit = (stream.autocommit or plan.commits or plan.results is None) and backend.role is Role.LEADER
         attempt = self.writes.attempt(backend) if may_commit else None
         request = request_of(
             connection,

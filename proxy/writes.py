@@ -291,6 +291,7 @@ class _Write(Generic[A]):
             floor=Position(lost.term, lost.txid),
             min_term=max(self._owner.backends.highest_term, lost.term),
             wait_ms=int(ASK_SECONDS * 1000),
+            ack=-1 if self._plan.settings.ack is None else self._plan.settings.ack,
             incarnation=lost.token[0],
             seq=lost.token[1],
         )

@@ -16,7 +16,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from tests.engine.nodes import LIMITS, FollowerNode, LeaderNode, crash_image
 from tests.engine.test_writer import QUICK, insert, writing
 from tests.waiting import eventually
-from walship.engine.attempts import Attempt
+from walship.engine.attempts import Attempt, Pending
 from walship.engine.tokens import Name, Tokens
 from walship.engine.writer import WriterLimits
 from walship.errors import NotDone, OutcomeUnknown
@@ -264,6 +264,27 @@ class TestWriter:
             assert outcome is Outcome.DONE
             assert found is not None
             assert found.token.txid == tip.position.txid + 1
+
+    async def test_an_attempt_that_ends_between_capture_and_token_is_not_forgotten(self, tmp_path: Path) -> None:
+        """Its end is noted on the loop, while the writer thread logs what was captured for a reason of its own."""
+        attempt = Attempt((7, 1), frame=3, ended=True)
+        pending = Pending()
+        pending.present = lambda: attempt
+        (token,) = pending.take(lambda _frame: 4, 5)
+        assert not token.part
+        pending.add(attempt)
+        assert len(pending.take(lambda _frame: 4, 5)) == 1, "once is enough"
+
+    async def test_it_is_running_until_as_many_acknowledge_as_it_asked_for(self, tmp_path: Path) -> None:
+        """PRAGMA walship_ack: what was not confirmed by so many is not answered as if it were."""
+        async with writing(tmp_path) as (leader, writer):
+            before = leader.tip.position
+            attempt = Attempt((7, 1))
+            await writer.submit(insert(1), attempt=attempt)
+            assert writer.attempts.outcome((7, 1), before)[0] is Outcome.DONE
+            assert writer.attempts.outcome((7, 1), before, 1)[0] is Outcome.RUNNING
+            leader.acks.record("f", leader.tip.position)
+            assert writer.attempts.outcome((7, 1), before, 1)[0] is Outcome.DONE
 
 
 class TestElsewhere:

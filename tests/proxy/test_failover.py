@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -215,6 +216,29 @@ async def test_a_commit_whose_answer_is_lost_is_answered(start: Start) -> None:
     assert await cluster.client.run("SELECT v FROM t") == [["a"]]
     response = await cluster.client.post([execute("SELECT v FROM t")], baton=response.json()["baton"])
     assert rows_of(response.json()["results"][0]) == [["a"]]
+
+
+@pytest.mark.parametrize("end", ["ROLLBACK", "INSERT OR ROLLBACK INTO t VALUES (0, 'b')"])
+async def test_what_follows_a_rollback_is_asked_about_too(start: Start, end: str) -> None:
+    """It is in autocommit, although the request has no COMMIT: "rolled back" would be a lie, a second try a twin."""
+    cluster = await start()
+    await table(cluster)
+    await cluster.client.run("INSERT INTO t VALUES (0, 'old')")
+    response = await cluster.client.post([execute("BEGIN"), execute("INSERT INTO t VALUES (1, 'a')")])
+    cluster.leader.break_after_running = 1
+    requests = [execute(end), execute("INSERT INTO t VALUES (2, 'c')")]
+    response = await cluster.client.post(requests, baton=response.json()["baton"])
+    assert response.json()["code"] == "WALSHIP_COMMITTED_RESULT_LOST", response.text
+    assert await cluster.client.run("SELECT v FROM t ORDER BY id") == [["old"], ["c"]]
+
+
+async def test_an_outcome_is_asked_for_with_the_acknowledgments_of_the_write(start: Start) -> None:
+    cluster = await start()
+    await table(cluster)
+    cluster.leader.break_after_running = 1
+    response = await cluster.client.post([execute("PRAGMA walship_ack = 2"), execute("INSERT INTO t VALUES (1, 'a')")])
+    assert response.json()["code"] == "WALSHIP_COMMITTED_RESULT_LOST", response.text
+    assert [request.ack for request in cluster.leader.asked_outcomes] == [2]
 
 
 async def test_a_commit_that_was_not_done_is_rolled_back_and_said(start: Start) -> None:

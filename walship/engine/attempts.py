@@ -67,7 +67,8 @@ class Pending:
         taken, self._attempts = self._attempts[:MAX_FRAME_TOKENS], self._attempts[MAX_FRAME_TOKENS:]
         tokens = [attempt.token(txid_at(attempt.frame)) for attempt in taken]
         present = self.present()
-        if present is not None and not present.ended:
+        # It may have ended this moment, after its commit was captured and before it came to `add`.
+        if present is not None and present not in taken and (present.frame or not present.ended):
             tokens.append(present.token(last_txid))
         return tuple(tokens)
 
@@ -75,10 +76,11 @@ class Pending:
 class Attempts:
     """The attempts of one term. Event loop.
 
-    acked: the acknowledged position.   running: those that may still commit, or whose token is not in the log yet.
+    acked: the position acknowledged by the cluster's rule and by so many, None: by the rule alone.
+    running: those that may still commit, or whose token is not in the log yet.
     """
 
-    def __init__(self, term: int, tokens: Tokens, acked: Callable[[], Position]) -> None:
+    def __init__(self, term: int, tokens: Tokens, acked: Callable[[int | None], Position]) -> None:
         self.term = term
         self.running: set[Name] = set()
         self.changed = asyncio.Event()
@@ -104,8 +106,9 @@ class Attempts:
             self._tokens.complete(attempt.token(0))
         self.changed.set()
 
-    def outcome(self, name: Name, sent_after: Position) -> tuple[Outcome, Found | None]:
+    def outcome(self, name: Name, sent_after: Position, ack: int | None = None) -> tuple[Outcome, Found | None]:
         """What became of an attempt. `sent_after`: its term, and a txid of that term's leader known when it was sent.
+        `ack`: how many acknowledgments it asked for; before them it is not done (None: the cluster's rule).
 
         Only while this term serves: its start is acknowledged. NOT_DONE is for ever.
         """
@@ -115,7 +118,7 @@ class Attempts:
         if found is not None:
             if found.token.part:
                 return Outcome.UNKNOWN, None
-            acked = self._acked().order() >= found.position.order()
+            acked = self._acked(ack).order() >= found.position.order()
             return (Outcome.DONE, found) if acked else (Outcome.RUNNING, None)
         if not self._tokens.covers(sent_after):
             return Outcome.UNKNOWN, None

@@ -118,7 +118,7 @@ class Tokens:
             since = self._since
         dropped = len(found) - MAX_SNAPSHOT_TOKENS
         if dropped > 0:
-            since = max(since, found[dropped - 1].position, key=Position.order)
+            since = max(since, *(each.position for each in found[:dropped]), key=Position.order)
         return since, tuple(each.token for each in found[max(dropped, 0) :])
 
     def adopt(self, header: SnapshotHeader) -> None:

@@ -33,12 +33,15 @@ class Turn:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call_soon: Callable[..., None]) -> None:
+        self._loop = loop
         self._call_soon = call_soon
-        self._released = threading.Event()
+        self._released = False
+        self._stirred = threading.Event()
         self._busy = 0
         self._last_used = time.monotonic()
         self.granted: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[Done[Any]] = loop.create_future()
+        self.so_far: asyncio.Future[Done[Any]] | None = None  # who waits for what was committed until now
         self.expired = False
         self.on_expire: Callable[[], None] | None = None
         self.ack: int | None = None
@@ -59,13 +62,25 @@ class Turn:
         Raises OutcomeUnknown when the acknowledgments did not come in time.
         """
         self.ack = ack
-        self._released.set()
+        self._release()
         done = await asyncio.shield(self.finished)
+        return done.position
+
+    async def acknowledge(self, *, ack: int | None = None) -> Position:
+        """As `release`, for what was committed so far, and keep the turn: another transaction holds SQLite's lock."""
+        self.ack = ack
+        self.so_far = self._loop.create_future()
+        self._stirred.set()
+        done = await asyncio.shield(self.so_far)
         return done.position
 
     def withdraw(self) -> None:
         """Nobody will use it, granted or not."""
-        self._released.set()
+        self._release()
+
+    def _release(self) -> None:
+        self._released = True
+        self._stirred.set()
 
     def hold(
         self,
@@ -75,15 +90,26 @@ class Turn:
         look_seconds: float,
         waiting: Callable[[], bool],
         look: Callable[[], None],
+        acknowledge: Callable[[asyncio.Future[Done[Any]]], None],
         ending: Callable[[], bool] = lambda: False,
     ) -> None:
         """Writer thread: wait until released, and call the turn in when it is over its limits (R21).
 
         It may be idle for `idle_seconds` while others are `waiting`, and last `total_seconds`. Meanwhile `look` finds
-        commits of other programs, which readers may have seen already. `ending`: the turn has to end now.
+        commits of other programs, which readers may have seen already; `acknowledge` is called for `so_far`. `ending`:
+        the turn has to end now.
         """
+        answering: asyncio.Future[Done[Any]] | None = None
         start = time.monotonic()
-        while not self._released.wait(look_seconds):
+        while True:
+            self._stirred.wait(look_seconds)
+            self._stirred.clear()
+            if self._released:
+                return
+            if self.so_far is not answering:
+                answering = self.so_far
+                if answering is not None:
+                    acknowledge(answering)
             look()
             now = time.monotonic()
             idle = self._busy == 0 and now - self._last_used > idle_seconds and waiting()

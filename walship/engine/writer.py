@@ -115,8 +115,7 @@ class Writer:
         self._stopped: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._main, name="walship-writer", daemon=True)
         self.loop: asyncio.AbstractEventLoop
-        marks = leader.watermarks
-        self.attempts = Attempts(leader.term, leader.log.tokens, lambda: marks.acked)
+        self.attempts = Attempts(leader.term, leader.log.tokens, self._acked_by)
         leader.pending.present = self._present
 
     def start(self) -> None:
@@ -351,6 +350,12 @@ class Writer:
             self._room.set()
             self.attempts.changed.set()
 
+    def _acked_by(self, ack: int | None) -> Position:
+        """What the cluster's rule covers, and `ack` followers too if more are asked for."""
+        marks = self._leader.watermarks
+        acked = marks.acked
+        return acked if ack is None else min(acked, self._acks.covered(marks.durable, ack), key=Position.order)
+
     def _await_stricter(self, group: Group) -> None:
         """Jobs that asked for more acknowledgments than the cluster's rule: look again until they have them."""
         durable = self._leader.watermarks.durable
@@ -394,6 +399,8 @@ class Writer:
         if isinstance(self._alone, Turn):
             if self._alone.granted.done():
                 fail(self._alone.finished, unknown)
+                if self._alone.so_far is not None:
+                    fail(self._alone.so_far, unknown)
             else:
                 fail(self._alone.granted, Draining(f"the node stopped ({error}). The transaction was not begun."))
         elif self._alone is not None:
@@ -534,12 +541,18 @@ class Writer:
             look_seconds=min(0.05, limits.foreign_poll_seconds),
             waiting=lambda: not self._queue.empty(),
             look=self._look,
+            acknowledge=lambda so_far: self._log_so_far(item, so_far),
             ending=lambda: self._retiring,
         )
         self._counters.turns_expired += item.expired
         if item.attempt is not None and item.attempt.frame:
             self._leader.pending.add(item.attempt)
         self._finish([Job(nothing, item.finished, item.ack)], 1)
+
+    def _log_so_far(self, turn: Turn, so_far: asyncio.Future[Done[Any]]) -> None:
+        if turn.attempt is not None and turn.attempt.frame:
+            self._leader.pending.add(turn.attempt)
+        self._finish([Job(nothing, so_far, turn.ack)], 0)
 
     def _look(self) -> None:
         if self._present() is not None and not self._leader.database.index.others_checkpoint():

@@ -31,7 +31,8 @@ class Verb(IntEnum):
 
     OUTCOME asks a serving leader what became of an attempt whose answer was lost (R19): `incarnation` and `seq` are the
     attempt's; `floor` is (the term that the attempt was bound to, the newest txid of that leader that the proxy knew
-    when it sent it, 0 if none); `term` is 0. The REPLY's JSON is an `OutcomeBody`, its position the commit's. While it
+    when it sent it, 0 if none); `term` is 0, `ack` as it was: before so many acknowledgments it is `running`.
+    The REPLY's JSON is an `OutcomeBody`, its position the commit's. While it
     is `running` the node waits up to `wait_ms`. Any other leader, or none: NOT_LEADER, FENCED, UNAVAILABLE; ask again.
     STAND asks a node to stand for election now; its REPLY is empty.
     """

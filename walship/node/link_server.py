@@ -67,7 +67,8 @@ class LinkServer:
         on_change: Callable[[Callable[[], None]], Callable[[], None]],
         *,
         position_for: Callable[[Level, float], Awaitable[Position]] | None = None,
-        outcome_of: Callable[[Name, Position, float], Awaitable[tuple[link.OutcomeBody, Position]]] | None = None,
+        outcome_of: Callable[[Name, Position, float, int | None], Awaitable[tuple[link.OutcomeBody, Position]]]
+        | None = None,
         stand: Callable[[], None] | None = None,
         joined: Callable[[], bool] = lambda: True,
         max_in_flight: int = MAX_IN_FLIGHT,
@@ -344,7 +345,8 @@ class _Link:
             raise ProtocolViolation("link: this node tells no outcomes")
         self._check_term(request)
         name = (request.incarnation, request.seq)
-        body, position = await self._server.outcome_of(name, request.floor, request.wait_ms / 1000)
+        ack = None if request.ack < 0 else request.ack
+        body, position = await self._server.outcome_of(name, request.floor, request.wait_ms / 1000, ack)
         self._send(link.Reply(request.id, body.to_bytes(), position).to_bytes())
 
     async def _dump(self, request: link.Request) -> None:

@@ -34,11 +34,13 @@ class Outcomes:
         self._counted = counted
         self._clock = clock
 
-    async def of(self, name: Name, sent_after: Position, wait_seconds: float) -> tuple[OutcomeBody, Position]:
+    async def of(
+        self, name: Name, sent_after: Position, wait_seconds: float, ack: int | None = None
+    ) -> tuple[OutcomeBody, Position]:
         """The outcome, and the commit's position when it is DONE. While it is RUNNING, waits for `wait_seconds`.
 
-        See `Attempts.outcome` for `sent_after`. Raises NotLeader, Fenced, Draining or Unavailable when this node cannot
-        know: ask the leader, again.
+        See `Attempts.outcome` for `sent_after` and `ack`. Raises NotLeader, Fenced, Draining or Unavailable when this
+        node cannot know: ask the leader, again.
         """
         until = self._clock() + wait_seconds
         while True:
@@ -50,7 +52,7 @@ class Outcomes:
                     raise
                 await self._wait(left, None)
                 continue
-            outcome, found = attempts.outcome(name, sent_after)
+            outcome, found = attempts.outcome(name, sent_after, ack)
             if outcome is not Outcome.RUNNING or left <= 0:
                 break
             await self._wait(left, attempts)

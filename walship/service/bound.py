@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from walship.engine.attempts import Attempt
 from walship.engine.writer import Writer
-from walship.errors import Fenced, NotLeader
+from walship.errors import Fenced, NotDone, NotLeader, OutcomeUnknown, Unavailable
+from walship.formats.position import Position
 from walship.service.executor import Executor
 from walship.service.plan import Item, look
 from walship.service.request import Call, Host
 
-__all__ = ["attempt_of", "fill", "last_to_commit", "writer_of"]
+__all__ = ["attempt_of", "fill", "last_to_commit", "raise_after", "writer_of"]
 
 
 def writer_of(host: Host, term: int) -> Writer:
@@ -38,6 +39,15 @@ def fill(attempt: Attempt | None, executor: Executor) -> None:
     """What a client whose answer is lost may still be told of the last statement."""
     if attempt is not None:
         attempt.changes, attempt.last_insert_rowid, attempt.had_rows = executor.last
+
+
+def raise_after(committed: Position | None, error: BaseException) -> None:
+    """Never answer `not done` behind a commit: raise OutcomeUnknown in the place of what a proxy sends again after."""
+    if committed is not None and isinstance(error, NotDone | Fenced | Unavailable):
+        raise OutcomeUnknown(
+            f"an earlier part of this request was committed and acknowledged at {committed}, and a later part "
+            f"was not done: {error}"
+        ) from error
 
 
 def last_to_commit(items: Sequence[Item]) -> int:

@@ -26,17 +26,15 @@ from walship.engine.attempts import Attempt
 from walship.errors import (
     Behind,
     Draining,
-    NotDone,
     NotLeader,
     NotReadOnly,
-    OutcomeUnknown,
     Overloaded,
     TransactionTimeout,
 )
 from walship.formats.position import Position
 from walship.hrana import json as hrana
 from walship.hrana.types import Batch, BatchRequest, CloseRequest, ErrorBody, Level
-from walship.service.bound import attempt_of, fill, last_to_commit, writer_of
+from walship.service.bound import attempt_of, fill, last_to_commit, raise_after, writer_of
 from walship.service.connections import Connections
 from walship.service.cursors import LaneCursor, once
 from walship.service.dump import dump
@@ -362,13 +360,10 @@ class Service:
                 results.append(await session.perform(item))
                 committed = await session.settle() or committed
             position = await self._position_of(call, committed)
+            session.check_open()
         except BaseException as error:
             await self._streams.close(session)
-            if committed is not None and isinstance(error, NotDone):
-                raise OutcomeUnknown(
-                    f"an earlier part of this request was committed and acknowledged at {committed}, and a later part "
-                    f"was not done: {error}"
-                ) from error
+            raise_after(committed, error)
             raise
         return await self._end_call(session, call, results, position, closing=closing)
 
@@ -510,6 +505,7 @@ class Service:
         handed out slowly would hold its transaction, and maybe the write turn, at the client's pace."""
         chunks: list[bytes] = []
         size = 0
+        committed: Position | None = None
         await self._open_call(session, call, needs)
         try:
             lines = session.lines(batch)
@@ -524,8 +520,10 @@ class Service:
             session.final = True
             committed = await session.settle()
             position = await self._position_of(call, committed)
-        except BaseException:
+            session.check_open()
+        except BaseException as error:
             await self._streams.close(session)
+            raise_after(committed, error)
             raise
         reply = await self._end_call(session, call, [], position, closing=False)
         return CursorReply(reply.stream, position, reply.autocommit, once(b"".join(chunks)))
@@ -567,8 +565,8 @@ class Service:
                 await self._streams.close(session)
             return 0
         if session is None:
-            if not call.keep:
-                return 0
+            if not call.keep or not self._streams.room:
+                return 0  # it may have committed: no reason to refuse it
             session = self._streams.new()
             session.texts, session.counters = texts, counters
         session.used_at = self._clock()

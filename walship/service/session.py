@@ -173,9 +173,22 @@ class Session:
         if state not in FOLLOWS[self.state]:
             raise AssertionError(f"stream {self.id} went from {self.state} to {state}")
         self.state = state
-        if self.turn is None or state is State.WRITING:
+        if self.turn is None or (state is State.WRITING and lane.commits == self._commits):
             return None
+        if state is State.WRITING:  # COMMIT, and the next transaction in the same request
+            self._commits = lane.commits
+            self._note_commit(lane)
+            return await self.turn.acknowledge(ack=self.ack)
         return await self._release()
+
+    def check_open(self) -> None:
+        """Before the answer to a call, which may have waited. Raises TransactionTimeout when the transaction that it
+        leaves open was lost meanwhile: as an answer it would seem to be in autocommit."""
+        if self.expired:
+            raise TransactionTimeout(
+                "this transaction lost the write turn while its answer waited, and was rolled back. "
+                "Nothing of it was kept. Begin again on a new stream."
+            )
 
     async def close(self) -> None:
         """Roll back what is open and let everything go. Idempotent."""
@@ -248,6 +261,11 @@ class Session:
         if not lane.writer:
             raise NotLeader(*self.host.leader)
         turn = await writer.turn()
+        if turn.expired:  # this node stopped leading before the turn could be used
+            turn.withdraw()
+            raise TransactionTimeout(
+                "the write turn was called in before it was used. Nothing was changed; begin again."
+            )
 
         def on_expire() -> None:
             if self.turn is turn:
@@ -258,8 +276,6 @@ class Session:
         self._name_turn()
         lane.revoked, self._commits = False, lane.commits
         lane.executor.may_write = True
-        if turn.expired:
-            on_expire()
 
     def end_call(self) -> None:
         """The call is over; what is still open, another may commit."""
@@ -276,10 +292,14 @@ class Session:
         turn, self.turn = self.turn, None
         if self.lane is not None:
             self.lane.executor.may_write = False
-            if self.attempt is not None and self.lane.frame:
-                fill(self.attempt, self.lane.executor)
-                self.attempt.frame, self.attempt.ended = self.lane.frame, self.final
+            self._note_commit(self.lane)
         return None if turn is None else await turn.release(ack=self.ack)
+
+    def _note_commit(self, lane: Lane) -> None:
+        """What the present attempt has committed, before it is logged."""
+        if self.attempt is not None and lane.frame:
+            fill(self.attempt, lane.executor)
+            self.attempt.frame, self.attempt.ended = lane.frame, self.final
 
     def _on_expire(self) -> None:
         """The writer takes the turn back (on the loop). A statement that runs is stopped, and its call ends the rest;

@@ -66,6 +66,11 @@ class Streams:
     def transactions(self) -> int:
         return sum(session.state is not State.AUTOCOMMIT for session in self)
 
+    @property
+    def room(self) -> bool:
+        """May there be one more?"""
+        return len(self._sessions) < self._limits.streams
+
     def find(self, stream: int) -> Session:
         """The stream of that id. Raises ProtocolViolation, or StatementFailed STREAM_EXPIRED when it lost state."""
         session = self._sessions.get(stream)
@@ -77,7 +82,7 @@ class Streams:
 
     def new(self) -> Session:
         """A new stream. Raises Overloaded when there are too many."""
-        if len(self._sessions) >= self._limits.streams:
+        if not self.room:
             raise Overloaded(
                 f"{len(self._sessions)} streams are open on this node, as many as it allows. "
                 "Nothing was changed. Close streams, or try again."
