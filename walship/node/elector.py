@@ -215,7 +215,7 @@ class Elector:
         try:
             async with asyncio.timeout(self._patience):
                 seen = await read_leader(self._node.store)
-        except (StoreUnavailable, TimeoutError) as error:
+        except (StoreUnavailable, CorruptState, UsageError, TimeoutError) as error:
             _log.warning("cannot read the leader record: %s", error or "no answer in time")
             return
         self._saw(seen)
@@ -243,7 +243,7 @@ class Elector:
         except (CompareFailed, Fenced) as error:
             _log.info("%s lost: %s", kind, error)
             outcome = LOST
-        except (StoreUnavailable, TimeoutError) as error:
+        except (StoreUnavailable, CorruptState, UsageError, TimeoutError) as error:
             _log.warning("%s: outcome unknown: %s", kind, error or "no answer in time")
             outcome = UNKNOWN
         else:

@@ -40,7 +40,7 @@ from walship.engine.files import sync_directory
 from walship.engine.numbering import FrameNumbering
 from walship.engine.retention import Pin
 from walship.engine.snapshot import Snapshot
-from walship.errors import CompareFailed, HistoryMismatch, Unavailable, WalshipError
+from walship.errors import CompareFailed, CorruptState, HistoryMismatch, Unavailable, UsageError, WalshipError
 from walship.formats.position import Position
 from walship.hrana.http import JSON_TYPE
 
@@ -95,8 +95,18 @@ class EmbeddedReplicas:
     # --- life -------------------------------------------------------------------------------------------------
 
     async def begin_term(self, position: Position) -> None:
-        """A term began here: its generation begins with it."""
-        await self._append(position, unnumbered=await asyncio.to_thread(self._page_cache_lost))
+        """A term began here: its generation begins with it, as soon as the store takes it."""
+        unnumbered = await asyncio.to_thread(self._page_cache_lost)
+        while self._node.term == position.term:
+            try:
+                async with self._rolling:
+                    current = self._current()
+                    if current is None or _start(current).order() < position.order():
+                        await self._append(position, unnumbered=unnumbered)
+                return
+            except (Unavailable, CorruptState, UsageError) as error:
+                _log.warning("the generation of term=%d cannot begin yet: %s", position.term, error)
+            await asyncio.sleep(_TICK_SECONDS)
 
     def close(self) -> None:
         """The log was synced to its end: a restart of the machine loses nothing of it."""
@@ -121,7 +131,10 @@ class EmbeddedReplicas:
     async def _watch(self) -> None:
         async for change in self._store.watch(GENERATIONS):
             if change.key == GENERATIONS and change.state is not None:
-                self._learn(decode(GenerationsRecord, GENERATIONS, change.state.value))
+                try:
+                    self._learn(decode(GenerationsRecord, GENERATIONS, change.state.value))
+                except (CorruptState, UsageError) as error:
+                    _log.error("skip the record of generations: %s", error)
 
     async def _tick(self) -> None:
         while True:
@@ -135,7 +148,7 @@ class EmbeddedReplicas:
                 if self._node.leading is not None and numbering.page_count >= self._generation_pages:
                     async with self._rolling:
                         await self._append(self._limit())
-            except (HistoryMismatch, Unavailable, _Refusal) as error:
+            except (HistoryMismatch, Unavailable, CorruptState, UsageError, _Refusal) as error:
                 _log.debug("generation %d is not served here: %s", current.number, error)
 
     def _keep_log(self, current: Generation) -> None:

@@ -1,20 +1,23 @@
 """Leading and following: which of the two this node does, and how it goes from one to the other.
 
 Every change is whole: it happens under one lock, and a SEAL that comes in the middle of a promotion waits for its end
-and is answered after this node has stepped down (R2). Who leads is the elector's to say; here it is carried out.
+and is answered after this node has stepped down (R2). Whoever asked for a change and is cancelled meanwhile (a stop, a
+time-out) waits for its end all the same. Who leads is the elector's to say; here it is carried out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from walship.coordination.lease import Lease
 from walship.coordination.record import LeaderRecord, Phase, Seen, TermStart
 from walship.engine.leader import Leader
 from walship.engine.retention import LogLimits
-from walship.errors import CorruptData, CorruptDatabase, Fenced, WalshipError
+from walship.errors import CorruptData, CorruptDatabase, Fenced, StorageFailed, WalshipError
 from walship.formats.position import Tip
 from walship.node.following import Following
 from walship.node.leading import Leading
@@ -28,6 +31,21 @@ __all__ = ["Sides"]
 
 _log = logging.getLogger("walship.node")
 _LOCATE_SECONDS = 1.0
+_WHOLE_SECONDS = 10.0  # a change that takes longer than that is stuck; the process ends then
+
+T = TypeVar("T")
+
+
+async def _whole(change: Coroutine[Any, Any, T]) -> T:
+    """Carry `change` out to its end, also when the caller is cancelled: the cancellation counts afterwards."""
+    task = asyncio.ensure_future(change)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=_WHOLE_SECONDS)
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("a change ended after nobody waited for it error=%s", error)
+        raise
 
 
 class Sides:
@@ -57,7 +75,8 @@ class Sides:
         """Make it durable that lower terms are refused here. Raises Fenced when more is promised already."""
         state = self._node.member.state
         if term > state.state.promised:
-            await asyncio.to_thread(state.update, promised=term)
+            with self._disk():
+                await asyncio.to_thread(state.update, promised=term)
 
     def eligible(self) -> Tip | None:
         """What this node could lead with; None when its copy is missing, in doubt or being replaced."""
@@ -70,7 +89,10 @@ class Sides:
 
     async def begin_term(self, term: int) -> TermStart:
         """Open `term` on this node in R2's order. Nobody is told yet. Raises what prevents it; this node then follows
-        again."""
+        again, or the process ends (StorageFailed)."""
+        return await _whole(self._begin_term(term))
+
+    async def _begin_term(self, term: int) -> TermStart:
         node = self._node
         async with self._changing:
             promised = node.member.state.state.promised
@@ -78,14 +100,17 @@ class Sides:
                 raise Fenced(f"term {promised} was promised; term {term} is not begun here")
             node.become(Event.CLAIM_WON)
             try:
-                return await self._open_term(term)
+                with self._disk():
+                    return await self._open_term(term)
+            except StorageFailed:
+                raise
             except CorruptData as error:
                 _log.error("cannot lead term=%d error=%s", term, error)
-                node.become(Event.DEPOSED)
+                self._deposed()
                 self.follow(str(error))
                 raise
             except WalshipError:
-                node.become(Event.DEPOSED)
+                self._deposed()
                 self.follow()
                 raise
 
@@ -116,12 +141,18 @@ class Sides:
         return TermStart(previous.position.term, previous.position.txid, previous.checksum)
 
     async def serve_term(self, seen: Seen[LeaderRecord], began: float) -> None:
-        """The record says that this node serves the term it has opened; the compare-and-swap was begun at `began`."""
+        """The record says that this node serves the term it has opened; the compare-and-swap was begun at `began`.
+
+        Does nothing when that is over: `step_down` ends what was opened, or `close` does when the process stops."""
+        await _whole(self._serve_term(seen, began))
+
+    async def _serve_term(self, seen: Seen[LeaderRecord], began: float) -> None:
         node = self._node
         async with self._changing:
-            opened, self._opened = self._opened, None
-            if opened is None or opened.term != seen.record.term:
-                return  # sealed for a higher term meanwhile
+            opened = self._opened
+            if opened is None or opened.term != seen.record.term or node.role is Role.STOPPING:
+                return
+            self._opened = None
             self.leader_record = seen.record
             lease = Lease(seen.record.lease_ms / 1000)
             lease.extend(began)
@@ -134,6 +165,9 @@ class Sides:
 
     async def step_down(self, term: int, why: str) -> None:
         """End leading `term`, or having opened it, and follow. Does nothing when that is over already."""
+        await _whole(self._step_down_from(term, why))
+
+    async def _step_down_from(self, term: int, why: str) -> None:
         async with self._changing:
             current = self.led.term if self.led is not None else self._opened.term if self._opened is not None else 0
             if current == term:
@@ -155,13 +189,28 @@ class Sides:
             node.fail(error)
             raise
         self.led = None
-        if node.role is not Role.STOPPING:
-            node.become(Event.DEPOSED)
+        self._deposed()
         self.follow()
+
+    def _deposed(self) -> None:
+        if self._node.role is not Role.STOPPING:
+            self._node.become(Event.DEPOSED)
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Whoever waits for it, a disk that failed ends the process (R5)."""
+        try:
+            yield
+        except StorageFailed as error:
+            self._node.fail(error)
+            raise
 
     async def seal(self, term: int) -> Tip | None:
         """Promise `term` to a candidate: step down from any lower one, then say what is durable here; None when this
         copy stands for nothing. Raises Fenced when more is promised, or this node leads in that term."""
+        return await _whole(self._seal(term))
+
+    async def _seal(self, term: int) -> Tip | None:
         node = self._node
         async with self._changing:
             promised = node.member.state.state.promised
@@ -174,7 +223,8 @@ class Sides:
             await self.promise(term)
             if self.eligible() is None or node.replica is None:
                 return None
-            return await asyncio.to_thread(node.replica.log.sync)
+            with self._disk():
+                return await asyncio.to_thread(node.replica.log.sync)
 
     def follow(self, broken: str | None = None) -> None:
         """Follow whoever leads. `broken`: why this copy has to be replaced first."""
@@ -203,11 +253,15 @@ class Sides:
 
     async def close(self) -> None:
         """End either side in order, for a process that ends."""
-        if self.led is not None:
-            await self.led.close()
-            self._node.embedded.close()
-        if self.following is not None:
-            await self.following.stop()
+        async with self._changing:
+            if self.led is not None:
+                await self.led.close()
+                self._node.embedded.close()
+            if self._opened is not None:
+                opened, self._opened = self._opened, None
+                await asyncio.to_thread(opened.step_down)
+            if self.following is not None:
+                await self.following.stop()
 
     async def _locate_leader(self) -> tuple[str, int] | None:
         record = self._serving_elsewhere()
