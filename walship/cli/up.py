@@ -156,14 +156,14 @@ def _check_resumed(config: UpConfig, record: ClusterRecord) -> None:
         )
     if config.ack is not None and config.ack != record.acks:
         raise UsageError(
-            f"--ack {config.ack}: this cluster was founded with --ack {record.acks}, and changing that comes with "
-            "failover. Nothing was changed. Leave --ack out to resume"
+            f"--ack {config.ack}: this cluster was founded with --ack {record.acks}, which `walship "
+            "voters ack` changes while it runs. Nothing was changed. Leave --ack out to resume"
         )
     followers = len(record.voters) - 1
     if config.followers not in (None, followers):
         raise UsageError(
-            f"--followers {config.followers}: this cluster was founded with {followers}, and changing that comes with "
-            "failover. Nothing was changed. Leave --followers out to resume"
+            f"--followers {config.followers}: this cluster was founded with {followers}, which are its voters. "
+            "Nothing was changed. Leave --followers out to resume"
         )
 
 

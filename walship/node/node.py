@@ -260,11 +260,13 @@ class Node:
         """
         if level is Level.LINEARIZABLE:
             return await self.read_index(timeout_seconds)
-        marks = self.watermarks
-        if self.leading is None:
+        marks, led = self.watermarks, self.led
+        if led is None:
             if level is Level.SESSION:
                 raise NotLeader(*self.leader)
             return marks.logged
+        if level is Level.SESSION and not led.live():  # the next leader may have acknowledged more (model m6, LEASE)
+            raise Draining(f"the lease of {self.name} has ended; it cannot say what is acknowledged. Ask again")
         # With n <= 1 voters apply, and show, what they have on disk, a moment before it counts as acknowledged (R15).
         if self.member.record.acks <= 1 or level is Level.ANY:
             return marks.durable
