@@ -5,6 +5,7 @@
 #   make bench   the ratios of docs/performance.md, measured on this machine  (ARGS="--quick writes")
 #   make simulate  200,000 seeds of the failover simulation, an hour and more  (ARGS="1234 --verbose" replays one)
 #   make soak    the minutes-long proofs on real processes
+#   make chaos   kills, pauses, cuts under load, with figures (docs/chaos.md)  (ARGS="kill-leader --runs 100")
 #   make clients-table   the table of docs/clients.md, from a run of every client
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help up test lint bench simulate soak clients clients-table clean
+.PHONY: help up test lint bench simulate soak chaos clients clients-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +38,9 @@ simulate: $(STAMP)
 
 soak: $(STAMP) clients
 	$(BIN)/python -m pytest -m soak -s --timeout=3600 -o faulthandler_timeout=3500 $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos --json chaos-report --keep chaos-report/kept $(or $(ARGS),all)
 
 # The npm clients that the tests and examples talk through; without node those tests say that they are skipped.
 NPM := examples/node/node_modules/.installed tests/clients/js/node_modules/.installed
