@@ -428,3 +428,7 @@ class Followers:
 
 def node_id(replica: Replica) -> str:
     return replica.name.encode().hex().ljust(32, "0")
+
+
+def caught_up(leader: Leader, *replicas: Replica) -> bool:
+    return all(leader.acks.get(node_id(each), (None,))[0] == leader.log.durable_tip.position for each in replicas)
