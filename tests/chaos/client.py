@@ -18,7 +18,7 @@ from tests.chaos.checkers.sets import Outcome
 __all__ = ["Pool", "Reply", "batch", "execute", "rows"]
 
 LIMIT_BYTES = 8 << 20
-DONE = "COMMITTED_RESULT_LOST"  # what the statement gave is lost, the write is not
+DONE = "WALSHIP_COMMITTED_RESULT_LOST"  # what the statement gave is lost, the write is not
 PERHAPS_DONE = frozenset({"WALSHIP_OUTCOME_UNKNOWN", "WALSHIP_STORAGE"})  # docs/errors.md; all other codes promise "no"
 
 
