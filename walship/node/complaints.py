@@ -9,13 +9,14 @@ a leader is no worse than none then.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from walship.coordination.record import release
-from walship.errors import CompareFailed, StoreUnavailable
+from walship.coordination.record import LeaderRecord, Phase, Seen, read_leader, release
+from walship.errors import CompareFailed, CorruptState, StoreUnavailable, UsageError
 from walship.node.leading import Leading, boottime
 from walship.replication.subscriber import Link
 
@@ -51,21 +52,26 @@ class Complaints:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 async with asyncio.timeout(self._node.config.lease_seconds):
-                    await self._look()
+                    wanted = await self._look()
             except (StoreUnavailable, CompareFailed, TimeoutError) as error:
                 _log.info("complaints: %s", error or "the store gave no answer in time")
+            else:
+                if wanted is not None:
+                    await self._release(wanted)
 
-    async def _look(self) -> None:
+    async def _look(self) -> Leading | None:
+        """The leadership that has to be given up, if any."""
         node = self._node
         led, record = node.led, node.sides.leader_record
         if led is not None:
             if self._lasts(led.term, _has_voters(led), ALONE_SECONDS) and await self._complaints(led.term):
-                await self._release(led)
+                return led
         elif node.voter and record is not None:
             subscriber = node.subscriber
             well = subscriber is None or subscriber.link in (Link.STREAMING, Link.SEEDING)
             if self._lasts(record.term, well, COMPLAIN_SECONDS) and self._complained < record.term:
                 await self._complain(record.term)
+        return None
 
     def _lasts(self, term: int, well: bool, seconds: float) -> bool:
         """True when it has not been well in `term` for so long."""
@@ -95,10 +101,42 @@ class Complaints:
 
     async def _release(self, led: Leading) -> None:
         node = self._node
-        _log.warning("release term=%d: voters complain that they cannot reach this node", led.term)
-        seen = await led.pause_renewal()
-        await node.sides.step_down(led.term, "its voters cannot reach it, and say so in the store")
-        await release(node.store, seen)
+        async with led.giving_up:
+            if node.led is not led:
+                return
+            _log.warning("release term=%d: voters complain that they cannot reach this node", led.term)
+            seen = await led.pause_renewal()
+            await node.sides.step_down(led.term, "its voters cannot reach it, and say so in the store")
+        await self._give_back(seen)
+
+    async def _give_back(self, seen: Seen[LeaderRecord]) -> None:
+        """Release the term of `seen`, until the store says that it is done, or that the record is another's. This node
+        takes no part in elections before."""
+        mine = seen.record
+        while True:
+            try:
+                async with asyncio.timeout(self._node.config.lease_seconds / 4):
+                    await release(self._node.store, seen)
+                    return
+            except (StoreUnavailable, TimeoutError) as error:
+                _log.warning("cannot release term=%d yet: %s", mine.term, error or "no answer in time")
+            except CompareFailed:  # a renewal may have landed whose answer was lost
+                there = await self._read()
+                if there is not None and not _serves(there.record, mine):
+                    return
+                seen = there or seen
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _read(self) -> Seen[LeaderRecord] | None:
+        with contextlib.suppress(StoreUnavailable, CorruptState, UsageError, TimeoutError):
+            async with asyncio.timeout(self._node.config.lease_seconds / 4):
+                return await read_leader(self._node.store)
+        return None
+
+
+def _serves(record: LeaderRecord, mine: LeaderRecord) -> bool:
+    same = (record.term, record.holder, record.nonce) == (mine.term, mine.holder, mine.nonce)
+    return same and record.phase is Phase.SERVING
 
 
 def _has_voters(led: Leading) -> bool:

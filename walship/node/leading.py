@@ -57,6 +57,7 @@ class Leading:
         self.term = engine.term
         self.start_txid = engine.tip.position.txid
         self.lease = lease
+        self.giving_up = asyncio.Lock()  # a switchover, or a release after complaints: one at a time
         self.ack_heard = asyncio.Event()  # set at each acknowledgment of a follower
         voters = frozenset(node.member.record.voters)
         self.acks: AckTracker | None = AckTracker(engine.term, AckRule(acks, voters), _NOWHERE)

@@ -6,7 +6,8 @@
 
 Up to S5 a time-out undoes everything. After S6 the record has the last word: the target leads, or, when nobody knows
 whether the compare-and-swap happened, this node admits writes again only once a renewal of its own has succeeded, which
-makes it impossible that the handoff still lands (R12a).
+makes it impossible that the handoff still lands (R12a). One change at a time: an undo of one, amid another, would let
+writes in beyond the position that the other hands over.
 """
 
 from __future__ import annotations
@@ -53,6 +54,13 @@ async def switch_over(node: Node, to: str | None = None) -> str:
     led = node.led
     if led is None:
         raise NotLeader(*node.leader)
+    async with led.giving_up:
+        if node.led is not led or led.acks is None:
+            raise NotLeader(*node.leader)
+        return await _switch_over(node, led, to)
+
+
+async def _switch_over(node: Node, led: Leading, to: str | None) -> str:
     target = _pick(node, led, to)
     heir = await _heir(node, target)
     _log.info("switchover to=%s lag_txids=%d", target.name, target.lag_txids)
@@ -60,22 +68,24 @@ async def switch_over(node: Node, to: str | None = None) -> str:
     try:
         failpoints.reach("switchover.still")
         await _caught_up(node, led, target.node_id, tip.position.order())
-        seen = await led.pause_renewal()
-        start = TermStart(tip.position.term, tip.position.txid, tip.checksum)
     except BaseException:
         led.writer.go_on()
         raise
+    start = TermStart(tip.position.term, tip.position.txid, tip.checksum)
     try:
+        seen = await led.pause_renewal()
         async with asyncio.timeout(node.config.lease_seconds / 4):
             await hand_over(node.store, seen, to=heir, phase=Phase.HANDOFF, start=start)
     except CompareFailed as error:
         led.writer.go_on()
         led.resume_renewal(node.config.cluster_url, node.elector.lost)
         raise Unavailable(f"another node took the lead meanwhile: {error}") from error
-    except (StoreUnavailable, TimeoutError) as error:
+    except BaseException as error:  # a cancellation too: the compare-and-swap may have been sent
         led.lease.demand_renewal(boottime())
         led.writer.go_on()
         led.resume_renewal(node.config.cluster_url, node.elector.lost)
+        if not isinstance(error, (StoreUnavailable, TimeoutError)):
+            raise
         raise OutcomeUnknown(
             f"the store did not say whether the lead went to {target.name} ({error or 'no answer in time'}). No write "
             "is lost. Look at `walship status`: either node leads a moment from now."
