@@ -101,7 +101,13 @@ class Etcd:
         process.wait(10)
 
     def pause(self, number: int = 0) -> None:
-        self._processes[number].send_signal(signal.SIGSTOP)
+        """Returns when each of its threads stands still: on a busy machine that is well after the signal was sent."""
+        process = self._processes[number]
+        process.send_signal(signal.SIGSTOP)
+        until = time.monotonic() + READY_SECONDS
+        while any(_state(thread) not in "TXZ" for thread in Path(f"/proc/{process.pid}/task").iterdir()):
+            assert time.monotonic() < until, "etcd did not stop"
+            time.sleep(0.002)
 
     def resume(self, number: int = 0) -> None:
         self._processes[number].send_signal(signal.SIGCONT)
@@ -120,3 +126,11 @@ class Etcd:
     def end(self) -> None:
         for number in list(self._processes):
             self.kill(number)
+
+
+def _state(thread: Path) -> str:
+    """One letter of proc(5), stat field 3: T is stopped, X that it ended meanwhile."""
+    try:
+        return (thread / "stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
