@@ -24,8 +24,10 @@ from walship.coordination.record import (
     LeaderRecord,
     Phase,
     Seen,
+    TermStart,
     announce_leader,
     claim_next_term,
+    encode,
     read_leader,
 )
 from walship.coordination.store import open_store
@@ -154,3 +156,30 @@ async def test_a_record_that_cannot_be_read_does_not_end_the_node(tmp_path: Path
         assert not node.stop.is_set()
         node.stop.set()
         assert await serving is None
+
+
+async def test_a_node_that_is_overtaken_while_it_starts_to_lead_again_follows(tmp_path: Path) -> None:
+    async with leading_node(tmp_path):
+        pass
+    config = NodeConfig(name="n1", data_dir=tmp_path / "n1", cluster_url=f"file://{tmp_path}/store")
+    store = open_store(config.cluster_url)
+    try:
+        node = Node(config, store, await join(config, store), "http://127.0.0.1:1")
+        begin_term = node.sides.begin_term
+
+        async def overtaken(term: int) -> TermStart:
+            start = await begin_term(term)
+            there = await read_leader(store)
+            assert there is not None
+            other = msgspec.structs.replace(there.record, term=term + 1, holder="f" * 32, name="n2", nonce="f" * 16)
+            await store.put_if(LEADER, encode(other), version=there.version)
+            return start
+
+        node.sides.begin_term = overtaken  # type: ignore[method-assign]
+        await node.start()
+        assert node.led is None
+        assert node.sides.following is not None
+        assert node.role is Role.FOLLOWER
+        await node.close()
+    finally:
+        await store.close()

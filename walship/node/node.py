@@ -301,7 +301,8 @@ class Node:
 
     async def _go_on_leading(self) -> bool:
         """The record's holder is this node, so nobody else was elected since its former process ended, and its own
-        -wal and log hold all that was acknowledged: it claims the next term without asking for votes."""
+        -wal and log hold all that was acknowledged: it claims the next term without asking for votes. False when it
+        neither leads nor follows yet."""
         member = self.member
         record = member.leader.record if member.leader is not None else None
         if record is not None and record.phase is not Phase.SERVING:
@@ -328,7 +329,11 @@ class Node:
         failpoints.reach("leader.claimed")
         await self.sides.promise(claim.record.term)
         start = await self.sides.begin_term(claim.record.term)
-        seen = await announce_leader(self.store, claim, start=start)
+        try:
+            seen = await announce_leader(self.store, claim, start=start)
+        except CompareFailed as error:  # it took longer than a lease, and somebody else claimed
+            await self.sides.step_down(claim.record.term, str(error))
+            return True
         await self.sides.serve_term(seen, began)
         self.elector.core.began_alone(seen)
         return True
