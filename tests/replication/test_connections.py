@@ -190,6 +190,30 @@ async def test_a_leader_that_does_not_answer_is_left_when_another_one_is_known(t
                 await eventually(lambda: caught_up(leader, south))
 
 
+async def test_news_of_another_leader_during_an_attempt_is_not_forgotten_in_the_pause_after_it(tmp_path: Path) -> None:
+    leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
+
+    async def locate() -> tuple[str, int] | None:
+        return leader.url, leader.term
+
+    with socket.create_server(("127.0.0.1", 0)) as stopped:
+        leader.url = f"http://127.0.0.1:{stopped.getsockname()[1]}"
+        subscriber = Subscriber(
+            south,
+            locate,
+            Identity(CLUSTER, node_id(south), "south", "n1"),
+            limits=SubscriberLimits(connect_seconds=3600),
+            uniform=lambda _low, _high: 3600,
+        )
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(subscriber.run())
+            await eventually(lambda: subscriber.link is Link.CONNECTING)
+            async with leader.serving():
+                subscriber.wake(leader.url)
+                await eventually(lambda: caught_up(leader, south))
+                running.cancel()
+
+
 async def test_no_leader_and_an_unreachable_one_are_tried_again(tmp_path: Path) -> None:
     leader, south = Leader(tmp_path / "l"), Replica(tmp_path / "f")
     leader.url = "http://127.0.0.1:9"  # the discard port: nobody listens

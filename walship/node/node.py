@@ -384,6 +384,7 @@ class Node:
 
     async def serve_replication(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one follower, or send it to the leader."""
+        await self.sides.decided()
         if self.publisher is not None:
             await self.publisher.serve(reader, writer)
         else:

@@ -33,6 +33,8 @@ _log = logging.getLogger("walship.node")
 _LOCATE_SECONDS = 1.0
 _WHOLE_SECONDS = 10.0  # a change that takes longer than that is stuck; the process ends then
 
+DECIDE_SECONDS = 1.0
+
 T = TypeVar("T")
 
 
@@ -61,6 +63,8 @@ class Sides:
         self._node = node
         self._limits = limits
         self._opened: Leader | None = None  # a term that is durable here and not announced yet
+        self._decided = asyncio.Event()  # not set while a term is open here that is neither served nor over
+        self._decided.set()
         self._changing = asyncio.Lock()
         self._leader_changed = asyncio.Event()
 
@@ -127,17 +131,22 @@ class Sides:
         if replica is None:
             raise CorruptDatabase(f"{node.config.data_dir}: there is no database to lead with")
         previous = replica.log.tip
-        self._opened = await asyncio.to_thread(
-            promote,
-            replica,
-            node.member.state,
-            node.watermarks,
-            cluster=node.cluster,
-            term=term,
-            now_ms=node.now_ms,
-            on_frame=node.on_frame,
-            on_group=node.report.observe_group,
-        )
+        self._decided.clear()
+        try:
+            self._opened = await asyncio.to_thread(
+                promote,
+                replica,
+                node.member.state,
+                node.watermarks,
+                cluster=node.cluster,
+                term=term,
+                now_ms=node.now_ms,
+                on_frame=node.on_frame,
+                on_group=node.report.observe_group,
+            )
+        except BaseException:
+            self._decided.set()
+            raise
         return TermStart(previous.position.term, previous.position.txid, previous.checksum)
 
     async def serve_term(self, seen: Seen[LeaderRecord], began: float) -> None:
@@ -160,8 +169,17 @@ class Sides:
             if node.service is not None:
                 node.service.may_lead()
             self.led.start()
+            self._decided.set()
             node.become(Event.TERM_STARTED)
         node.spawn(node.embedded.begin_term(opened.tip.position), "embedded generation")
+
+    async def decided(self) -> None:
+        """Wait, up to DECIDE_SECONDS, until a term that is open here is served or over. Followers see the record that
+        announces it a moment before this node knows that it succeeded; sent away, they would pause before they come
+        again, and nothing is acknowledged until they do."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DECIDE_SECONDS):
+                await self._decided.wait()
 
     async def step_down(self, term: int, why: str) -> None:
         """End leading `term`, or having opened it, and follow. Does nothing when that is over already."""
@@ -189,6 +207,7 @@ class Sides:
             node.fail(error)
             raise
         self.led = None
+        self._decided.set()
         self._deposed()
         self.follow()
 
@@ -259,6 +278,7 @@ class Sides:
                 self._node.embedded.close()
             if self._opened is not None:
                 opened, self._opened = self._opened, None
+                self._decided.set()
                 await asyncio.to_thread(opened.step_down)
             if self.following is not None:
                 await self.following.stop()

@@ -84,6 +84,7 @@ class Subscriber:
         self._connecting: asyncio.Timeout | None = None
         self._receiver: Receiver | None = None
         self._woken = asyncio.Event()
+        self._elsewhere = False  # another leader became known while this attempt or connection lasted
         self._tally = Tally()
         self._url: str | None = None
         self._last_error: str | None = None
@@ -115,8 +116,9 @@ class Subscriber:
         """There is news of the leader: do not wait for the end of a pause, nor for an answer from anywhere but
         `leader_url`, where it serves now (None: not known). The old one may be stopped, its port still open."""
         self._woken.set()
+        self._elsewhere = leader_url not in (None, self._url)
         attempt = self._connecting
-        if attempt is not None and not attempt.expired() and leader_url not in (None, self._url):
+        if attempt is not None and not attempt.expired() and self._elsewhere:
             attempt.reschedule(asyncio.get_running_loop().time())
 
     async def run(self) -> NoReturn:
@@ -138,7 +140,8 @@ class Subscriber:
                 # data would end so again, maybe after a whole snapshot.
                 if self._tally.connections > welcomes and isinstance(error, Unavailable | OSError):
                     tries = 0
-            await self._pause(self._pause_seconds(tries))
+            if not self._elsewhere:
+                await self._pause(self._pause_seconds(tries))
 
     async def _pause(self, seconds: float) -> None:
         self._woken.clear()
@@ -164,10 +167,12 @@ class Subscriber:
         self._sink.mismatch(error)
 
     async def _follow_once(self) -> None:
+        self._elsewhere = False
         leader = await self._locate_leader()
         if leader is None:
             return
         self._url, term = leader
+        self._elsewhere = False  # what was heard until here is what was located
         if term < self._sink.promised:
             raise Fenced(f"the record names a leader of term {term}, but term {self._sink.promised} is promised here")
         reader, writer = await self._connect(self._url)
