@@ -44,6 +44,8 @@ ELSEWHERE = (
     "leader.truth_log",
     "switchover.still",
     "switchover.handed_over",
+    "voters.marked",  # nobody stands for election here, and no voter is added
+    "voters.changed",
 )
 DEATHS = [
     (name, times, attached)

@@ -61,6 +61,9 @@ NAMES = (
     "switchover.handed_over",
     "leader.step_down_synced",
     "leader.truth_log",
+    # the record of who votes (m8)
+    "voters.marked",
+    "voters.changed",
 )
 
 
