@@ -100,6 +100,7 @@ class LeaderNode:
             now_ms=now_ms,
             on_frame=lambda ref, data: self.on_frame(ref, data),
         )
+        self.leader.unfence()  # a writer does that, and not every test has one
         self._connection: apsw.Connection | None = None
         self.acks: AckTracker
         self.writer: Writer | None = None

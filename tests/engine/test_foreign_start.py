@@ -55,7 +55,7 @@ def fence_is_lost(replica: Replica) -> None:
 
 
 def lead(replica: Replica, state: StateFile, term: int) -> Leader:
-    return promote(
+    leader = promote(
         replica,
         state,
         Watermarks(replica.log.tip.position),
@@ -64,6 +64,8 @@ def lead(replica: Replica, state: StateFile, term: int) -> Leader:
         now_ms=lambda: 1,
         on_frame=lambda ref, data: None,
     )
+    leader.unfence()
+    return leader
 
 
 def close(leader: Leader, replica: Replica) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -183,3 +184,28 @@ async def test_a_node_that_is_overtaken_while_it_starts_to_lead_again_follows(tm
         await node.close()
     finally:
         await store.close()
+
+
+async def foreign_write(path: str) -> str:
+    """What another program hears that begins to write without patience; empty when it may."""
+    code = (
+        "import sqlite3, sys\n"
+        "try:\n"
+        "    sqlite3.connect(sys.argv[1], isolation_level=None, timeout=0).execute('BEGIN IMMEDIATE')\n"
+        "except sqlite3.Error as error:\n"
+        "    print(error)\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, path, stdout=asyncio.subprocess.PIPE)
+    return (await process.communicate())[0].decode().strip()
+
+
+async def test_other_programs_write_only_while_the_node_serves(tmp_path: Path) -> None:
+    """R10: what they commit in a term that is never announced would be history nowhere."""
+    async with leading_node(tmp_path) as node:
+        path = node.member.state.state.database_path
+        claim = await claimed(node)
+        start = await node.sides.begin_term(claim.record.term)
+        assert await foreign_write(path) == "database is locked"
+        await node.sides.serve_term(await announce_leader(node.store, claim, start=start), boottime())
+        await eventually(lambda: not node.database.fence.held)
+        assert await foreign_write(path) == ""

@@ -431,6 +431,7 @@ class Writer:
             connection = self._leader.database.connect_writer()
             connection.set_busy_handler(self._wait_for_write)
             connection.set_wal_hook(self._on_commit)
+            self._leads()
             while self._step(connection, running):
                 running.clear()
         except BaseException as error:  # noqa: BLE001 - handed to the owner, who ends the process

@@ -38,7 +38,8 @@ def promote(
 ) -> Leader:
     """Open `term` on a replica that is applied to the end of its log. The term was claimed in the store before.
 
-    Only after this returns may the term be announced or its frames be shipped; foreign programs may write from here on.
+    Only after this returns may the term be announced or its frames be shipped. Foreign programs are kept out until the
+    writer has begun (R10): what they commit in a term that is never announced would be history nowhere.
     Raises CorruptDatabase when the copy is not what the log's last frame says, Unavailable when another process holds
     SQLite's write lock; nothing of the term exists then.
     """
@@ -94,7 +95,6 @@ def promote(
         on_group=on_group,
     )
     replica.unpin()  # the leader's own guard holds the -wal's past from here on
-    leader.unfence()
     _log.info("leading term=%d tip=%s", term, log.tip)
     return leader
 
