@@ -1,6 +1,6 @@
 # The commands of this project. Each works on a bare machine: the environment is made when it is missing.
 #   make up      a leader, two followers and a proxy; Ctrl-C stops them       (ARGS="app.db --followers 3")
-#   make test    lint, types, and the tests with coverage                     (ARGS="tests/formats -k wal")
+#   make test    lint, types, and the tests with coverage                     (ARGS="tests/formats -k wal" WORKERS=0)
 #   make lint    ruff and mypy only
 #   make bench   the ratios of docs/performance.md, measured on this machine  (ARGS="--quick writes")
 #   make simulate  200,000 seeds of the failover simulation, an hour and more  (ARGS="1234 --verbose" replays one)
@@ -12,6 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
+WORKERS ?= 2
 
 .PHONY: help up test lint bench simulate soak chaos clients clients-table clean
 .DEFAULT_GOAL := help
@@ -22,8 +23,9 @@ help:
 up: $(STAMP)
 	$(BIN)/walship up $(ARGS)
 
+# Most tests wait for processes, so two at a time take half as long. A file stays in one worker: its tests share clusters.
 test: lint clients
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
