@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import apsw
@@ -70,7 +71,7 @@ class Told:
         error: WalshipError | None = None
         try:
             if how.startswith("cursor"):
-                reply = await bench.service.cursor(Call([], **_but(call)), steps_of(*steps))
+                reply = await bench.service.cursor(replace(call, requests=[]), steps_of(*steps))
                 async for _ in reply.lines:
                     pass
                 self.stream = reply.stream
@@ -86,10 +87,6 @@ class Told:
             assert writer._leader.log.tokens.lookup(name) is not None
         else:
             assert outcome is Outcome.NOT_DONE, outcome
-
-
-def _but(call: Call) -> dict[str, object]:
-    return {key: getattr(call, key) for key in ("stream", "keep", "level", "term", "token")}
 
 
 @settings(max_examples=40, deadline=None)
