@@ -119,7 +119,7 @@ class Leading:
                 if not self.live() and not self._fenced:
                     _log.warning("lease ended term=%d: nothing is acknowledged until it is renewed", self.term)
                     self._fenced = await self.writer.run(self.engine.fence)
-                elif self.live() and self._fenced:
+                elif self.live() and self._fenced and not self.giving_up.locked():  # a handoff keeps them out
                     _log.warning("lease lives again term=%d", self.term)
                     await self.writer.run(self.engine.unfence)
                     self._fenced = False
