@@ -184,7 +184,7 @@ def test_what_is_open_and_what_is_closed(cluster: Cluster, door: str) -> None:
     url = cluster.processes[door].url
     for path in ("/health", "/version", "/v2", "/v3", "/status", "/metrics"):
         assert httpx.get(url + path).status_code == 200, path
-    for path in ("/dump", "/info", "/export/1", "/sync/1/1/2", "/", "/admin/x", "/no-such-page"):
+    for path in ("/dump", "/info", "/export/1", "/sync/1/1/2", "/", "/admin/orphans", "/no-such-page"):
         assert httpx.get(url + path).status_code == 401, path
     preflight = httpx.options(url + "/v2/pipeline", headers={"access-control-request-method": "POST"})
     assert preflight.status_code == 204
