@@ -5,7 +5,7 @@ comes back from a leader that refused waits again in the old place and until the
 window, none is let go twice at once, and the order is that of coming.
 
 When a leader is there, not all run to it at once: one goes first, twice as many with each that is done or with each
-50 ms, up to 32. `Hold` is the shell: it wakes the requests that wait.
+50 ms, up to 256. `Hold` is the shell: it wakes the requests that wait.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from walship.metrics import ProxyMetrics
 
 __all__ = ["Buffer", "Hold", "HoldLimits", "Ticket"]
 
-MOST_OUT = 32
-"""So many held writes may be at a leader at once."""
+MOST_OUT = 256
+"""So many held writes may be at a leader at once. New writes wait behind held ones, so what is out must outrun what
+comes: 32 let the queue grow at 500 writes a second once a write took 64 ms."""
 
 RAMP_SECONDS = 0.05
 """The number that may be out doubles so often also when none is done: one long write must not hold up all others."""

@@ -93,17 +93,17 @@ TestHeld.settings = settings(max_examples=150, stateful_step_count=60, deadline=
 
 def test_the_ramp_begins_at_one_and_doubles_with_each_that_is_done() -> None:
     buffer = Buffer(HoldLimits())
-    for _ in range(200):
+    for _ in range(1000):
         buffer.enter(0.0, 1)
     assert buffer.release(0.0) == [], "nobody goes without a leader"
     buffer.open(1.0)
     out = list(buffer.release(1.0))
     seen: list[int] = []
-    while len(seen) < 6:
+    while len(seen) < 9:
         seen.append(len(out))
         buffer.leave(out.pop(0), done=True)
         out += buffer.release(1.0)
-    assert seen == [1, 2, 4, 8, 16, 32]
+    assert seen == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert len(out) == MOST_OUT
 
 
