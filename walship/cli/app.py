@@ -152,7 +152,9 @@ def node(
     database: Annotated[
         Text, option("database", "FILE", "SQLite file to adopt in place. Default: data.db under --data.")
     ] = None,
-    priority: Annotated[Text, option("priority", "P", "Kept for later: no election looks at it yet. Default 0.")] = None,
+    priority: Annotated[
+        Text, option("priority", "P", "Kept for later: no election looks at it yet. Default 0.")
+    ] = None,
     zone: Annotated[Text, option("zone", "Z", "A label for where this node runs.")] = None,
     replace_local: Annotated[
         Flag,
