@@ -107,6 +107,7 @@ class Writer:
         self._attempt: Attempt | None = None  # of the job that runs
         self._draining = False
         self._retiring = self._paused = False
+        self._lapsed = False  # the lease had ended when the writer thread looked last
         self._ended = False
         self._busy_until = self._pause_seconds = 0.0
         self._broken: BaseException | None = None
@@ -516,6 +517,11 @@ class Writer:
     def _leads(self) -> bool:
         """Whether the lease lasts. While it does not, foreign programs are kept out too (R10)."""
         live = self._live()
+        if live == self._lapsed and not self._retiring:
+            self._lapsed = not live
+            _log.warning(
+                "lease %s term=%d", "lives again" if live else "ended: nothing is acknowledged", self._leader.term
+            )
         if not live:
             self._leader.fence()
         elif not self._paused:

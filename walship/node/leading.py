@@ -7,10 +7,10 @@ lead: the process goes on as a follower) or `close` (the process ends).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from walship.coordination.lease import Lease
@@ -18,7 +18,6 @@ from walship.coordination.record import LeaderRecord, Seen
 from walship.engine.acks import AckRule, AckTracker
 from walship.engine.leader import Leader
 from walship.engine.writer import Writer
-from walship.errors import Draining
 from walship.formats.position import Position, Tip
 from walship.node.renewal import Renewal
 from walship.replication.publisher import Publisher
@@ -30,7 +29,6 @@ __all__ = ["Leading", "boottime"]
 
 _log = logging.getLogger("walship.node")
 _NOWHERE = Position(0, 0)
-_LEASE_LOOK_SECONDS = 0.1
 
 
 def boottime() -> float:
@@ -63,13 +61,13 @@ class Leading:
         self.acks: AckTracker | None = AckTracker(engine.term, AckRule(acks, voters), _NOWHERE)
         self.writer = Writer(engine, self.acks, on_failure=node.fail, live=self.live)
         self.publisher = Publisher(node, prompt_acked=acks >= 2, acks=acks, voters=voters)
-        self._renewal = Renewal(node.config.cluster_url, seen, lease, boottime, on_lost, node.fail)
-        self._fail = node.fail
+        self._make_renewal = partial(
+            Renewal, node.config.cluster_url, lease=lease, clock=boottime, on_lost=on_lost, on_failure=node.fail
+        )
+        self._renewal = self._make_renewal(seen)
         self._marks = node.watermarks
         self._end_notices: list[Callable[[], None]] = []
         self._closing: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
-        self._fenced = False
 
     @property
     def seen(self) -> Seen[LeaderRecord]:
@@ -94,7 +92,6 @@ class Leading:
         self.writer.start()
         self._renewal.start()
         self.move_acked()
-        self._watching = asyncio.get_running_loop().create_task(self._watch_lease(), name="watch lease")
 
     def record_ack(self, node_id: str, durable: Position) -> None:
         name = self.publisher.name_of(node_id)
@@ -111,30 +108,15 @@ class Leading:
         if acked.order() > self._marks.acked.order():
             self._marks.acked = acked
 
-    async def _watch_lease(self) -> None:
-        """Keep foreign writers out while the lease has ended (R10), until it lives again or this node steps down."""
-        with contextlib.suppress(Draining):  # the writer has ended
-            while True:
-                await asyncio.sleep(_LEASE_LOOK_SECONDS)
-                if not self.live() and not self._fenced:
-                    _log.warning("lease ended term=%d: nothing is acknowledged until it is renewed", self.term)
-                    self._fenced = await self.writer.run(self.engine.fence)
-                elif self.live() and self._fenced and not self.giving_up.locked():  # a handoff keeps them out
-                    _log.warning("lease lives again term=%d", self.term)
-                    await self.writer.run(self.engine.unfence)
-                    self._fenced = False
-
     async def pause_renewal(self) -> Seen[LeaderRecord]:
         """End the renewals, so that another compare-and-swap of this node's can name the version (a handoff)."""
         await asyncio.to_thread(self._renewal.stop)
         return self._renewal.seen
 
-    def resume_renewal(self, cluster_url: str, on_lost: Callable[[Seen[LeaderRecord] | None], None]) -> None:
+    def resume_renewal(self) -> None:
         """Renew again after a handoff that did not happen, or may not have (`Lease.demand_renewal`, R12a)."""
         before = self._renewal
-        self._renewal = Renewal(
-            cluster_url, before.seen, self.lease, boottime, on_lost, self._fail, unknown_since=before.unknown_since
-        )
+        self._renewal = self._make_renewal(before.seen, unknown_since=before.unknown_since)
         self._renewal.start()
 
     async def step_down(self) -> Tip:
@@ -158,8 +140,6 @@ class Leading:
         await asyncio.to_thread(self.engine.close)
 
     def _stop_notices(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
         for end in self._end_notices:
             end()
         self._end_notices = []

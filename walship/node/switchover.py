@@ -78,12 +78,12 @@ async def _switch_over(node: Node, led: Leading, to: str | None) -> str:
             await hand_over(node.store, seen, to=heir, phase=Phase.HANDOFF, start=start)
     except CompareFailed as error:
         led.writer.go_on()
-        led.resume_renewal(node.config.cluster_url, node.elector.lost)
+        led.resume_renewal()
         raise Unavailable(f"another node took the lead meanwhile: {error}") from error
     except BaseException as error:  # a cancellation too: the compare-and-swap may have been sent
         led.lease.demand_renewal(boottime())
         led.writer.go_on()
-        led.resume_renewal(node.config.cluster_url, node.elector.lost)
+        led.resume_renewal()
         if not isinstance(error, (StoreUnavailable, TimeoutError)):
             raise
         raise OutcomeUnknown(
