@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from proxy.consistency import Floors
 from proxy.link import RELAY_PATH, UPGRADE_PATH, LinkConnection
+from walship.coordination.follow import follow
 from walship.coordination.record import (
     CLUSTER,
     LEADER,
@@ -28,7 +29,6 @@ from walship.coordination.record import (
     decode,
 )
 from walship.coordination.store import Change, Store
-from walship.errors import CorruptState, StoreUnavailable, UsageError
 from walship.formats.link import NO_POSITION, Role, Status, StatusFlags
 from walship.formats.position import Position
 
@@ -178,26 +178,6 @@ class Backend:
         self.since = self._clock()
 
 
-async def follow(
-    store: Store, prefix: str, apply: Callable[[Change], None], problem: Callable[[str | None], None]
-) -> None:
-    """Give every change under `prefix` to `apply`, for ever: a store that is away is waited for, and what was known
-    stays known; a record that cannot be read is skipped. `problem` hears why the store is away, and that it is not."""
-    while True:
-        try:
-            async with contextlib.aclosing(store.watch(prefix)) as changes:
-                async for change in changes:
-                    problem(None)
-                    try:
-                        apply(change)
-                    except (CorruptState, UsageError) as error:
-                        log.warning("skip record key=%s reason=%s", change.key, error)
-        except StoreUnavailable as error:
-            problem(str(error))
-            log.warning("watch %s failed: %s; what is known stays in use", prefix, error)
-        await asyncio.sleep(WATCH_RETRY_SECONDS)
-
-
 class Backends:
     """All nodes, and whoever waits for something about them to change."""
 
@@ -266,7 +246,8 @@ class Backends:
                 (CLUSTER, self._cluster_changed),
                 (TERMS, self._term_changed),
             ):
-                tasks.create_task(follow(self._store, prefix, apply, self._store_is), name=f"watch {prefix}")
+                watch = follow(self._store, prefix, apply, retry_seconds=WATCH_RETRY_SECONDS, problem=self._store_is)
+                tasks.create_task(watch, name=f"watch {prefix}")
 
     def _store_is(self, problem: str | None) -> None:
         self.store_problem = problem

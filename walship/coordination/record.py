@@ -134,6 +134,11 @@ class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
     beat: int = 0
     nonce: str = ""
 
+    def serves_as(self, other: LeaderRecord) -> bool:
+        """Does this record say that the same process serves the same term as `other` does? Beats may differ."""
+        same = (self.term, self.holder, self.nonce) == (other.term, other.holder, other.nonce)
+        return same and self.phase is Phase.SERVING
+
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where a node is found. `boot_nonce` differs at each start of its process (R3)."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from walship.coordination.record import LeaderRecord, Phase, Seen, read_leader, release
+from walship.coordination.record import LeaderRecord, Seen, read_leader, release
 from walship.errors import CompareFailed, CorruptState, StoreUnavailable, UsageError
 from walship.node.leading import Leading, boottime
 from walship.replication.subscriber import Link
@@ -122,7 +122,7 @@ class Complaints:
                 _log.warning("cannot release term=%d yet: %s", mine.term, error or "no answer in time")
             except CompareFailed:  # a renewal may have landed whose answer was lost
                 there = await self._read()
-                if there is not None and not _serves(there.record, mine):
+                if there is not None and not there.record.serves_as(mine):
                     return
                 seen = there or seen
             await asyncio.sleep(LOOK_SECONDS)
@@ -132,11 +132,6 @@ class Complaints:
             async with asyncio.timeout(self._node.config.lease_seconds / 4):
                 return await read_leader(self._node.store)
         return None
-
-
-def _serves(record: LeaderRecord, mine: LeaderRecord) -> bool:
-    same = (record.term, record.holder, record.nonce) == (mine.term, mine.holder, mine.nonce)
-    return same and record.phase is Phase.SERVING
 
 
 def _has_voters(led: Leading) -> bool:

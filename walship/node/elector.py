@@ -51,6 +51,7 @@ from walship.coordination.ballot import (
 )
 from walship.coordination.chronicle import Chronicle
 from walship.coordination.election import Election
+from walship.coordination.follow import follow
 from walship.coordination.record import (
     LEADER,
     NODES,
@@ -65,6 +66,7 @@ from walship.coordination.record import (
     read_leader,
     release,
 )
+from walship.coordination.store import Change
 from walship.engine import failpoints
 from walship.errors import CompareFailed, CorruptState, Fenced, StoreUnavailable, UsageError, WalshipError
 from walship.node.deathwatch import Deathwatch
@@ -140,8 +142,9 @@ class Elector:
         """Take part in elections until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            tasks.create_task(self._watch_leader(), name="watch leader")
-            tasks.create_task(self._watch_nodes(), name="watch nodes")
+            for prefix, apply in ((LEADER, self._leader_changed), (NODES, self._node_changed)):
+                watch = follow(self._node.store, prefix, apply, retry_seconds=_WATCH_RETRY_SECONDS)
+                tasks.create_task(watch, name=f"watch {prefix}")
             while True:
                 for event in await self._next():
                     await self._take(event)
@@ -185,7 +188,7 @@ class Elector:
             self._spawn(self._check(name, action.term))
 
     async def _on_claim(self, action: Claim) -> None:
-        self._spawn(self._swap(Swap.CLAIM, lambda: self._claim(action.seen)))
+        self._spawn(self._swap(Swap.CLAIM, lambda: self.claim(action.seen)))
 
     async def _on_seal(self, action: Seal) -> None:
         for name in action.voters:
@@ -220,7 +223,8 @@ class Elector:
             return
         self._saw(seen)
 
-    async def _claim(self, seen: Seen[LeaderRecord]) -> Seen[LeaderRecord]:
+    async def claim(self, seen: Seen[LeaderRecord] | None) -> Seen[LeaderRecord]:
+        """The compare-and-swap to the term after `seen` for this process. Raises as `claim_next_term`."""
         node = self._node
         claim = await claim_next_term(
             node.store,
@@ -360,33 +364,14 @@ class Elector:
         self._dead.add(nonce)
         self._events.put_nowait(HolderDied(boottime(), nonce))
 
-    async def _watch_leader(self) -> None:
-        await self._follow_records(LEADER, self._leader_changed)
-
-    async def _watch_nodes(self) -> None:
-        await self._follow_records(NODES, self._node_changed)
-
-    def _leader_changed(self, change: Any) -> None:
+    def _leader_changed(self, change: Change) -> None:
         if change.key == LEADER and change.state is not None:
             self._saw(Seen(decode(LeaderRecord, LEADER, change.state.value), change.state.version))
 
-    def _node_changed(self, change: Any) -> None:
+    def _node_changed(self, change: Change) -> None:
         if change.state is not None:
             record = decode(NodeRecord, change.key, change.state.value)
             self._urls[record.name] = record.url
-
-    async def _follow_records(self, prefix: str, apply: Callable[[Any], None]) -> None:
-        while True:
-            try:
-                async with contextlib.aclosing(self._node.store.watch(prefix)) as changes:
-                    async for change in changes:
-                        try:
-                            apply(change)
-                        except (CorruptState, UsageError) as error:
-                            _log.error("skip record key=%s reason=%s", change.key, error)
-            except StoreUnavailable as error:
-                _log.warning("watch %s failed: %s", prefix, error)
-            await asyncio.sleep(_WATCH_RETRY_SECONDS)
 
     @property
     def _patience(self) -> float:

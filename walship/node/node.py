@@ -25,12 +25,10 @@ from walship.coordination.record import (
     NodeRecord,
     Phase,
     announce_leader,
-    claim_next_term,
     read_terms,
     register_node,
 )
 from walship.coordination.store import Store
-from walship.engine import failpoints
 from walship.engine.database import Database
 from walship.engine.durable_state import Truth
 from walship.engine.follower import Follower
@@ -314,19 +312,9 @@ class Node:
             )
         began = boottime()
         try:
-            claim = await claim_next_term(
-                self.store,
-                member.leader,
-                holder=self.node_id,
-                name=self.name,
-                url=self.url,
-                nonce=self.boot_nonce,
-                promised=member.state.state.promised,
-                lease_ms=self.lease_ms,
-            )
+            claim = await self.elector.claim(member.leader)
         except CompareFailed:
             return False
-        failpoints.reach("leader.claimed")
         await self.sides.promise(claim.record.term)
         start = await self.sides.begin_term(claim.record.term)
         try:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from walship.coordination.lease import Lease
-from walship.coordination.record import LeaderRecord, Phase, Seen, read_leader, renew
+from walship.coordination.record import LeaderRecord, Seen, read_leader, renew
 from walship.coordination.store import Store, open_store
 from walship.errors import CompareFailed, CorruptState, StoreUnavailable, UsageError
 
@@ -136,16 +136,13 @@ class Renewal:
         except (CorruptState, UsageError) as error:  # not ours, but no proof of another leader either
             _log.error("cannot renew the lease term=%d: %s", self.seen.record.term, error)
             return True
-        mine = self.seen.record
-        if there is not None and there.record.phase is Phase.SERVING:
-            record = there.record
-            if (record.term, record.holder, record.nonce) == (mine.term, mine.holder, mine.nonce):
-                # Only this process writes its term. When that attempt began is known to this thread, or it was before
-                # this thread began (a handoff paused the renewals): then the next one has to succeed.
-                self.seen = there
-                if self.unknown_since is not None:
-                    self._lease.extend(self.unknown_since)
-                    self.unknown_since = None
-                return True
+        if there is not None and there.record.serves_as(self.seen.record):
+            # Only this process writes its term. When that attempt began is known to this thread, or it was before this
+            # thread began (a handoff paused the renewals): then the next one has to succeed.
+            self.seen = there
+            if self.unknown_since is not None:
+                self._lease.extend(self.unknown_since)
+                self.unknown_since = None
+            return True
         self._tell(self._on_lost, there)
         return False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from starlette.requests import Request
 
+from walship.coordination.follow import follow
 from walship.coordination.membership import (
     Change,
     Kind,
@@ -25,11 +26,11 @@ from walship.coordination.membership import (
     swap_cluster,
 )
 from walship.coordination.record import CLUSTER, ClusterRecord, Seen, decode, read_nodes
+from walship.coordination.store import Change as StoreChange
 from walship.engine import failpoints
 from walship.engine.acks import AckRule, AckTracker
 from walship.errors import (
     CompareFailed,
-    CorruptState,
     Fenced,
     NotLeader,
     OutcomeUnknown,
@@ -94,20 +95,11 @@ class Voters:
 
     async def watch(self) -> None:
         """Take over what the record says, until cancelled."""
-        node = self._node
-        while True:
-            try:
-                async with contextlib.aclosing(node.store.watch(CLUSTER)) as changes:
-                    async for change in changes:
-                        if change.key != CLUSTER or change.state is None:
-                            continue
-                        try:
-                            self.take(decode(ClusterRecord, CLUSTER, change.state.value))
-                        except (CorruptState, UsageError) as error:
-                            _log.error("skip the cluster record: %s", error)
-            except StoreUnavailable as error:
-                _log.warning("watch of the cluster record failed: %s", error)
-            await asyncio.sleep(_RETRY_SECONDS)
+        await follow(self._node.store, CLUSTER, self._changed, retry_seconds=_RETRY_SECONDS)
+
+    def _changed(self, change: StoreChange) -> None:
+        if change.key == CLUSTER and change.state is not None:
+            self.take(decode(ClusterRecord, CLUSTER, change.state.value))
 
     async def mark(self, term: int) -> None:
         """A candidate's step before it asks voters: no change of an older term lands after it. Raises as
