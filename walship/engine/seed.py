@@ -30,6 +30,7 @@ from walship.formats.frame import SnapshotHeader
 from walship.formats.position import Position, TermHistory, Tip
 
 __all__ = [
+    "Incoming",
     "SeedFile",
     "announced_terms",
     "announced_tip",
@@ -42,17 +43,50 @@ __all__ = [
 _RUN_PAGES = 512
 
 
-class SeedFile:
+class Incoming:
+    """A file that a snapshot comes into, whole or sparse, and the checksums of the state it makes. Blocking."""
+
+    def __init__(self, path: Path, header: SnapshotHeader, checksums: PageChecksums) -> None:
+        self.header = header
+        self.path = path
+        self.path.parent.mkdir(exist_ok=True)
+        self.checksums = checksums
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._decoder = ltx.LtxDecoder()
+        self._sums: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Close the descriptor; the file is never opened by SQLite under this name. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def abort(self) -> None:
+        """Drop what was received."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def _make_durable(self, size_bytes: int) -> None:
+        """Raises StorageFailed."""
+        try:
+            os.ftruncate(self._fd, size_bytes)
+            os.fsync(self._fd)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            raise StorageFailed(f"{self.path}: cannot make the snapshot durable ({error.strerror})") from error
+        failpoints.reach("seed.received")
+
+    def _fold(self) -> None:
+        if self._sums:
+            self.checksums.set_many(self._sums, max(self.checksums.commit, max(self._sums)))
+            self._sums = {}
+
+
+class SeedFile(Incoming):
     """Receives one snapshot. Blocking; the follower calls it from a worker thread, one call at a time."""
 
     def __init__(self, directory: Path, header: SnapshotHeader) -> None:
-        self.header = header
-        self.path = directory / "incoming" / "seed.db"
-        self.path.parent.mkdir(exist_ok=True)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self._decoder = ltx.LtxDecoder()
-        self.checksums = PageChecksums(header.page_size)
-        self._sums: dict[int, int] = {}
+        super().__init__(directory / "incoming" / "seed.db", header, PageChecksums(header.page_size))
 
     def write(self, data: bytes) -> None:
         """Take the next piece of LTX. Raises CorruptLtx, CorruptData or StorageFailed; then `abort`."""
@@ -80,13 +114,7 @@ class SeedFile:
                 f"the snapshot at {header.position} has checksum {self.checksums.rolling:016x}, its sender announced "
                 f"{header.checksum:016x}. It was not installed; the old state stands."
             )
-        try:
-            os.ftruncate(self._fd, header.commit * header.page_size)
-            os.fsync(self._fd)
-            sync_directory(self.path.parent)
-        except OSError as error:
-            raise StorageFailed(f"{self.path}: cannot make the snapshot durable ({error.strerror})") from error
-        failpoints.reach("seed.received")
+        self._make_durable(header.commit * header.page_size)
 
     def announce(self, state: StateFile, terms: TermHistory) -> None:
         """Make the intention durable: from here a crash is finished at the next start."""
@@ -103,22 +131,6 @@ class SeedFile:
             return (os.pread(fd, size, (pgno - 1) * size) for pgno in pgnos)
 
         return Batch(pgnos, pages, self.header.commit)
-
-    def close(self) -> None:
-        """Close the descriptor; the file is never opened by SQLite under this name. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def abort(self) -> None:
-        """Drop what was received."""
-        self.close()
-        self.path.unlink(missing_ok=True)
-
-    def _fold(self) -> None:
-        if self._sums:
-            self.checksums.set_many(self._sums, max(self._sums))
-            self._sums = {}
 
 
 def finish_install(directory: Path, state: StateFile, cluster: bytes, log: Log, marks: Marks) -> None:

@@ -23,13 +23,12 @@ from walship.engine import failpoints
 from walship.engine.apply import Applier, Batch
 from walship.engine.database import Database
 from walship.engine.durable_state import StateFile
-from walship.engine.files import sync_directory
 from walship.engine.leader import Leader
 from walship.engine.log import Log
 from walship.engine.marks import Marks
 from walship.engine.replay import merge_frames
 from walship.engine.replica import Replica
-from walship.engine.seed import announced_terms, announced_tip, announcement, complete_install
+from walship.engine.seed import Incoming, announced_terms, announced_tip, announcement, complete_install
 from walship.engine.snapshot import Snapshot, ltx_chunks, scan
 from walship.errors import CorruptDatabase, CorruptLtx, CorruptState, StorageFailed
 from walship.formats import ltx
@@ -42,7 +41,7 @@ __all__ = ["SparseSeedFile", "finish_sparse_install", "open_chunks", "sparse_chu
 _RUN_PAGES = 512
 
 
-class SparseSeedFile:
+class SparseSeedFile(Incoming):
     """Receives one sparse snapshot. Blocking; the follower calls it from a worker thread, one call at a time.
 
     Args:
@@ -50,15 +49,9 @@ class SparseSeedFile:
     """
 
     def __init__(self, directory: Path, header: SnapshotHeader, base: Tip, checksums: PageChecksums) -> None:
-        self.header = header
+        super().__init__(_path(directory), header, checksums.copy())
         self.base = base
-        self.path = _path(directory)
-        self.path.parent.mkdir(exist_ok=True)
-        self.checksums = checksums.copy()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         self._size_bytes = 0
-        self._decoder = ltx.LtxDecoder()
-        self._sums: dict[int, int] = {}
 
     def write(self, data: bytes) -> None:
         """Take the next piece of LTX. Raises CorruptLtx, CorruptData or StorageFailed; then `abort`."""
@@ -92,12 +85,7 @@ class SparseSeedFile:
                 f"what differs at {header.position} gives checksum {self.checksums.rolling:016x} here, its sender has "
                 f"{header.checksum:016x}. It was not installed; the old state stands, a whole snapshot is asked for."
             )
-        try:
-            os.fsync(self._fd)
-            sync_directory(self.path.parent)
-        except OSError as error:
-            raise StorageFailed(f"{self.path}: cannot make the snapshot durable ({error.strerror})") from error
-        failpoints.reach("seed.received")
+        self._make_durable(self._size_bytes)
 
     def announce(self, state: StateFile, terms: TermHistory) -> None:
         """Make the intention durable: from here a crash is finished at the next start."""
@@ -109,22 +97,6 @@ class SparseSeedFile:
     def batch(self) -> Batch:
         """The pages as one batch, to be applied under live readers. Valid until `close`."""
         return _read_batch(self._fd, self._size_bytes)
-
-    def close(self) -> None:
-        """Close the descriptor. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def abort(self) -> None:
-        """Drop what was received."""
-        self.close()
-        self.path.unlink(missing_ok=True)
-
-    def _fold(self) -> None:
-        if self._sums:
-            self.checksums.set_many(self._sums, max(self.checksums.commit, max(self._sums)))
-            self._sums = {}
 
 
 def finish_sparse_install(state: StateFile, database: Database, log: Log, marks: Marks) -> PageChecksums:
